@@ -1,0 +1,203 @@
+"""An artifact on disk: a folder whose manifest.json says what it is and what was proved. Standard library alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from calque.errors import ArtifactUnreadable, ParityFailed
+from calque.states import StateSpec
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+REPORT = "report.json"
+
+Status = Literal["passed", "failed", "not_run"]
+Padding = Literal["any", "right", "none"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output: ``shape`` holds ints and dimension names, ``dtype`` is numpy's name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One runnable graph; positional runtimes take the inputs in this order."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the artifact must not be asked to do; its session refuses the rest.
+
+    ``recompute_at``: a cache begun at or below this many tokens must be recomputed, not continued, once the row grows
+    past it, because the rotary frequencies of every earlier key change there (longrope).
+    """
+
+    padding: Padding = "any"
+    batched_chunk: bool = True
+    max_length: int | None = None
+    recompute_at: int | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question about the artifact and its answer; ``worst`` is in σ of the output, rounded up to 1, 2 or 5 · 10ⁿ."""
+
+    status: Status
+    by: str | None = None
+    reason: str | None = None
+    worst: float | None = None
+
+
+NOT_RUN = Check("not_run", reason="not reached")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was asked of the artifact: right numbers, accepted by the runtime's builder, executed on its device."""
+
+    numerics: Check = NOT_RUN
+    build: Check = NOT_RUN
+    execution: Check = NOT_RUN
+    failures: tuple[str, ...] = ()
+
+    def raise_if_failed(self) -> None:
+        """Leave quietly unless a check failed.
+
+        Raises:
+            ParityFailed: with every failure, first stage and layer first.
+        """
+        failed = [name for name in ("numerics", "build", "execution") if getattr(self, name).status == "failed"]
+        if failed:
+            raise ParityFailed(
+                f"{', '.join(failed)} failed: the artifact does not agree with the eager model",
+                self.failures,
+                "the rejected folder holds the artifact and report.json; nothing was written to the output folder",
+            )
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder and everything its manifest says."""
+
+    folder: Path
+    target: str
+    recipe: Mapping[str, Any]
+    source: Mapping[str, Any]
+    precision: str
+    files: Mapping[str, str]
+    graphs: Mapping[str, GraphSpec]
+    states: tuple[StateSpec, ...]
+    passes: Mapping[str, int]
+    tools: Mapping[str, str]
+    limits: Limits
+    proof: Proof = field(default_factory=Proof)
+
+    def with_proof(self, proof: Proof) -> Artifact:
+        """Return the same artifact carrying ``proof``."""
+        return replace(self, proof=proof)
+
+    def manifest(self) -> dict[str, Any]:
+        """Return what manifest.json holds: no time, path, host or measurement, so equal recipes give equal bytes."""
+        proof = {name: asdict(getattr(self.proof, name)) for name in ("numerics", "build", "execution")}
+        return {
+            "schema": SCHEMA,
+            "target": self.target,
+            "recipe": dict(self.recipe),
+            "source": dict(self.source),
+            "precision": self.precision,
+            "files": dict(sorted(self.files.items())),
+            "graphs": {name: asdict(graph) for name, graph in self.graphs.items()},
+            "states": [asdict(state) for state in self.states],
+            "passes": dict(self.passes),
+            "tools": dict(sorted(self.tools.items())),
+            "limits": asdict(self.limits),
+            "proof": proof,
+        }
+
+    def write_manifest(self) -> None:
+        """Make manifest.json hold this artifact, synced to disk before it gets its name."""
+        partial = self.folder / (MANIFEST + ".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(self.manifest(), file, indent=1, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(self.folder / MANIFEST)
+
+    def damaged_files(self) -> list[str]:
+        """Return one line for each file that is missing or whose bytes are not those of the manifest."""
+        lines = []
+        for name, digest in self.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                lines.append(f"{name}  missing")
+            elif file_sha256(path) != digest:
+                lines.append(f"{name}  bytes differ from the manifest's sha256")
+        return lines
+
+    @classmethod
+    def read(cls, folder: Path) -> Artifact:
+        """Return the artifact in ``folder``, as its manifest describes it.
+
+        Raises:
+            ArtifactUnreadable: no manifest, not JSON, a newer schema, or keys that do not fit the schema.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise ArtifactUnreadable(f"{folder} is not an artifact: it has no {MANIFEST}", fix="name a folder that `convert` wrote")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            schema = data["schema"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactUnreadable(f"{path} cannot be read: {error}", fix="convert the model again") from error
+        if schema != SCHEMA:
+            raise ArtifactUnreadable(f"{path} has schema {schema}, this Calque reads {SCHEMA}", fix="upgrade calque")
+        try:
+            return cls._from_manifest(folder, data)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtifactUnreadable(f"{path} does not follow schema {SCHEMA}: {error}", fix="convert the model again") from error
+
+    @classmethod
+    def _from_manifest(cls, folder: Path, data: dict[str, Any]) -> Artifact:
+        def tensors(rows: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(row["name"], row["dtype"], tuple(row["shape"])) for row in rows)
+
+        numerics, build, execution = (Check(**data["proof"][name]) for name in ("numerics", "build", "execution"))
+        graphs = {
+            name: GraphSpec(graph["file"], tensors(graph["inputs"]), tensors(graph["outputs"])) for name, graph in data["graphs"].items()
+        }
+        return cls(
+            folder=folder,
+            target=data["target"],
+            recipe=data["recipe"],
+            source=data["source"],
+            precision=data["precision"],
+            files=data["files"],
+            graphs=graphs,
+            states=tuple(StateSpec(**{**row, "shape": tuple(row["shape"])}) for row in data["states"]),
+            passes=data["passes"],
+            tools=data["tools"],
+            limits=Limits(**data["limits"]),
+            proof=Proof(numerics, build, execution),
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hex SHA-256 of the file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

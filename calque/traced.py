@@ -1,0 +1,205 @@
+"""A traced model: the graph, its inputs and outputs by name, its states, and the table its weights come from.
+
+The graph is an ``ExportedProgram`` whose parameters are fake. This file is the only one that adds, renames or drops
+parameters, inputs and outputs, so that the program's signature, the weight table and the I/O names stay one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from calque import ops as ops  # registers torch.ops.calque
+from calque.artifact import Limits, TensorSpec
+from calque.states import StateSpec
+from calque.weights import Derived, Weight, WeightTable
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+
+@dataclass
+class TracedModel:
+    """One graph and everything a target needs to know of it.
+
+    ``inputs`` and ``outputs`` name the user inputs and outputs of ``program`` in order. Before a cache pass ran,
+    ``settled`` is False: ``inputs`` ends with the abstract state placeholders, one per ``StateSpec``, and the only
+    output is ``logits``. ``layers`` counts decoder layers; tolerances grow with it.
+    """
+
+    program: ExportedProgram
+    weights: WeightTable
+    states: tuple[StateSpec, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    limits: Limits
+    layers: int
+    settled: bool = False
+    opened: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def module(self) -> GraphModule:
+        """The graph module of the program."""
+        module: GraphModule = self.program.graph_module
+        return module
+
+    @property
+    def graph(self) -> torch.fx.Graph:
+        """The graph of the program."""
+        return self.module.graph
+
+    def placeholders(self) -> dict[str, Node]:
+        """Return the placeholder of every user input by its name in the artifact."""
+        nodes = {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
+        user = [spec.arg.name for spec in self.program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
+        return {spec.name: nodes[name] for spec, name in zip(self.inputs, user, strict=True)}
+
+    def parameters(self) -> dict[str, Node]:
+        """Return the placeholder of every parameter and buffer that has an entry in the weight table."""
+        nodes = {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
+        specs = self.program.graph_signature.input_specs
+        return {spec.target: nodes[spec.arg.name] for spec in specs if spec.target is not None and spec.target in self.weights}
+
+    def output_node(self) -> Node:
+        """Return the graph's one output node."""
+        last: Node = next(iter(reversed(self.graph.nodes)))
+        return last
+
+    def add_output(self, node: Node, spec: TensorSpec) -> None:
+        """Make ``node`` the last output, named ``spec.name``."""
+        output = self.output_node()
+        output.args = ((*output.args[0], node),)  # type: ignore[misc]
+        signature = self.program.graph_signature
+        signature.output_specs.append(OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=node.name), target=None))
+        self.outputs = (*self.outputs, spec)
+        self._rebuild_call_spec()
+
+    def add_input(self, spec: TensorSpec, value: torch.Tensor) -> Node:
+        """Return a new last user input named ``spec.name``; ``value`` is fake, of the program's own fake mode."""
+        last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(spec.name)
+        node.meta["val"] = value
+        signature = self.program.graph_signature
+        signature.input_specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(name=node.name), target=None))
+        self.inputs = (*self.inputs, spec)
+        self._rebuild_call_spec()
+        return node
+
+    def rename_inputs(self, names: dict[str, TensorSpec]) -> None:
+        """Give the inputs in ``names`` the specs they map to."""
+        self.inputs = tuple(names.get(spec.name, spec) for spec in self.inputs)
+
+    def add_parameter(self, name: str, weight: Weight, like: Node) -> Node:
+        """Return a placeholder for a new parameter whose bytes ``weight`` gives; put before ``like``."""
+        with self.graph.inserting_before(like):
+            node = self.graph.placeholder("p_" + name.replace(".", "_"))
+        fake = like.meta["val"]
+        dtype = getattr(torch, weight.dtype) if isinstance(weight, Derived) else fake.dtype
+        node.meta["val"] = fake.new_empty(weight.shape, dtype=dtype)
+        specs = self.program.graph_signature.input_specs
+        place = next(i for i, spec in enumerate(specs) if spec.arg.name == like.name)
+        specs.insert(place, InputSpec(InputKind.PARAMETER, TensorArgument(name=node.name), target=name))
+        self.program.state_dict[name] = torch.nn.Parameter(node.meta["val"], requires_grad=False)
+        self.weights.entries[name] = weight
+        return node
+
+    def drop_unused_parameters(self) -> int:
+        """Return how many parameters and buffers were dropped because nothing reads them."""
+        specs = self.program.graph_signature.input_specs
+        nodes = {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
+        unused = [spec for spec in specs if spec.kind != InputKind.USER_INPUT and not nodes[spec.arg.name].users]
+        for spec in unused:
+            specs.remove(spec)
+            self.graph.erase_node(nodes[spec.arg.name])
+            self.program.state_dict.pop(spec.target, None)
+            self.program.constants.pop(spec.target, None)
+            self.weights.entries.pop(spec.target, None)
+        return len(unused)
+
+    def finish_rewrite(self) -> None:
+        """Leave a graph without dead nodes, linted and recompiled, whose signature names its own nodes.
+
+        Raises:
+            AssertionError: a pass left signature and graph apart.
+        """
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        self.module.recompile()
+        signature = self.program.graph_signature
+        placeholders = [node.name for node in self.graph.nodes if node.op == "placeholder"]
+        assert placeholders == [spec.arg.name for spec in signature.input_specs], "inputs and signature differ"
+        returned: Any = self.output_node().args[0]
+        assert len(self.outputs) == len(signature.output_specs) == len(returned), "outputs and their names differ"
+        for spec, node in zip(signature.output_specs, returned, strict=True):
+            spec.arg = TensorArgument(name=node.name)
+
+    def _rebuild_call_spec(self) -> None:
+        entry = self.program.module_call_graph[0].signature
+        assert entry is not None
+        flat_inputs = tuple(range(len(self.inputs)))
+        entry.in_spec = pytree.tree_structure((flat_inputs, {}))
+        entry.out_spec = pytree.tree_structure(tuple(range(len(self.outputs))))
+
+    def bind(self, read: Callable[[Weight], torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """Return the real tensor of every parameter, buffer and constant, in the order of the placeholders.
+
+        Reads every weight: for small models and for runtimes that embed weights.
+        """
+        cache: dict[int, torch.Tensor] = {}
+        tensors = []
+        for spec in self.program.graph_signature.input_specs:
+            if spec.kind == InputKind.USER_INPUT:
+                continue
+            name = spec.target
+            assert name is not None
+            if name in self.weights:
+                weight = self.weights[name]
+                if id(weight) not in cache:
+                    cache[id(weight)] = (read or _read)(weight)
+                tensors.append(cache[id(weight)])
+            else:
+                tensors.append(self.constant(name))
+        return tensors
+
+    def constant(self, name: str) -> torch.Tensor:
+        """Return a buffer or lifted constant that no checkpoint holds: its value is part of the graph."""
+        held = self.program.constants if name in self.program.constants else self.program.state_dict
+        value: torch.Tensor = held[name]
+        return value
+
+    def copy(self) -> TracedModel:
+        """Return a model whose graph can be rewritten without touching this one; weights are shared."""
+        import copy
+
+        program = copy.copy(self.program)
+        program._graph_module = copy.deepcopy(self.module)
+        program._graph_signature = copy.deepcopy(self.program.graph_signature)
+        program._module_call_graph = copy.deepcopy(self.program.module_call_graph)
+        program._state_dict = dict(self.program.state_dict)
+        program._constants = dict(self.program.constants)
+        return replace(self, program=program, weights=replace(self.weights, entries=dict(self.weights.entries)))
+
+
+def _read(weight: Weight) -> torch.Tensor:
+    return weight.read()
+
+
+def source_of(node: Node) -> tuple[str, str]:
+    """Return the module path in the HF model and the line of its source that a node came from."""
+    stack = node.meta.get("nn_module_stack") or {}
+    module = list(stack.values())[-1][0] if stack else ""
+    trace: str = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    return module, lines[-1] if lines else ""
+
+
+def user_nodes(nodes: Iterable[Node], target: Any) -> list[Node]:
+    """Return the call_function nodes of ``target``, in graph order."""
+    return [node for node in nodes if node.op == "call_function" and node.target is target]

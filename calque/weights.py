@@ -1,0 +1,180 @@
+"""Weights as a table: a parameter is named bytes in a file, or a function of others, never a tensor held in memory."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calque.errors import SourceUnreadable, WeightMismatch
+
+if TYPE_CHECKING:
+    import torch
+
+# safetensors' dtype names -> torch's and the bytes of one element. Source: safetensors format, README@0.8.
+DTYPES: dict[str, tuple[str, int]] = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor's bytes in a file: ``nbytes`` of them from ``offset``; ``dtype`` is safetensors' name."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self) -> torch.Tensor:
+        """Return the tensor, read now; the caller owns the only copy.
+
+        Raises:
+            SourceUnreadable: the file became shorter since its header was read.
+        """
+        import torch
+
+        torch_dtype = getattr(torch, DTYPES[self.dtype][0])
+        if self.nbytes == 0:
+            return torch.empty(self.shape, dtype=torch_dtype)
+        data = bytearray(self.nbytes)
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            # A read of more than 2 GiB is cut short by the kernel, so go on until all is there.
+            view, done = memoryview(data), 0
+            while done < self.nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise SourceUnreadable(
+                        f"{self.file} is truncated: it ends {self.nbytes - done} bytes early", fix="fetch the file again"
+                    )
+                done += count
+            # Pages that were read once are of no more use to us; give them back to the system.
+            os.posix_fadvise(file.fileno(), self.offset, self.nbytes, os.POSIX_FADV_DONTNEED)
+        return torch.frombuffer(data, dtype=torch_dtype).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tensor computed from others when it is read: transposed, stacked, cast, packed, quantized.
+
+    ``dtype`` is torch's name without the prefix (``float32``).
+    """
+
+    sources: tuple[Weight, ...]
+    operation: str
+    function: Callable[..., torch.Tensor] = field(repr=False, compare=False)
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self) -> torch.Tensor:
+        """Return the tensor, computed now from sources that are read one after the other."""
+        tensor = self.function(*(source.read() for source in self.sources))
+        if tuple(tensor.shape) != self.shape:
+            raise AssertionError(f"{self.operation} gave {tuple(tensor.shape)}, declared {self.shape}")
+        return tensor
+
+
+Weight = Stored | Derived
+
+
+def torch_dtype_name(weight: Weight) -> str:
+    """Return torch's name of the weight's dtype, ``bfloat16`` for a stored ``BF16``."""
+    return DTYPES[weight.dtype][0] if isinstance(weight, Stored) else weight.dtype
+
+
+def cast(weight: Weight, dtype: str) -> Weight:
+    """Return the weight in ``dtype`` (torch's name); itself where it already is."""
+    import torch
+
+    if torch_dtype_name(weight) == dtype:
+        return weight
+    target = getattr(torch, dtype)
+    return Derived((weight,), f"cast({dtype})", lambda tensor: tensor.to(target), dtype, weight.shape)
+
+
+def transpose(weight: Weight) -> Derived:
+    """Return the matrix with its two axes swapped, contiguous: [out, in] -> [in, out]."""
+    rows, columns = weight.shape
+    return Derived((weight,), "transpose", lambda tensor: tensor.t().contiguous(), torch_dtype_name(weight), (columns, rows))
+
+
+@dataclass
+class WeightTable:
+    """Every parameter of a traced model, by name, and where its bytes come from.
+
+    Two names that hold the same ``Weight`` object are tied: they are one tensor and are emitted once.
+    ``required`` maps each name the graph needs to its shape; ``unused`` lists checkpoint tensors that no parameter took.
+    """
+
+    entries: dict[str, Weight]
+    required: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    available: tuple[str, ...] = ()
+    origin: str = ""
+
+    def __getitem__(self, name: str) -> Weight:
+        return self.entries[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def tied(self, name: str) -> list[str]:
+        """Return the other names that share this parameter's weight."""
+        weight = self.entries[name]
+        return [other for other, entry in self.entries.items() if entry is weight and other != name]
+
+    def nbytes(self) -> int:
+        """Return the bytes of all weights as they will be emitted, tied ones once."""
+        import torch
+
+        unique = {id(weight): weight for weight in self.entries.values()}.values()
+        return sum(math.prod(w.shape) * getattr(torch, torch_dtype_name(w)).itemsize for w in unique)
+
+    def check(self) -> None:
+        """Leave quietly if the ledger balances: every parameter has bytes of its shape, every tensor has a use.
+
+        Raises:
+            WeightMismatch: all that does not balance, with the nearest name in the checkpoint.
+        """
+        missing = [
+            f"{name}  {list(shape)}  not in the checkpoint{_nearest(name, self.unused or self.available)}"
+            for name, shape in self.required.items()
+            if name not in self.entries
+        ]
+        misfits = [
+            f"{name}  {list(shape)}  the checkpoint holds {list(self.entries[name].shape)}"
+            for name, shape in self.required.items()
+            if name in self.entries and self.entries[name].shape != shape
+        ]
+        unused = [f"{name}  in the checkpoint, used by no parameter" for name in self.unused]
+        if missing or misfits or unused:
+            counts = f"{len(missing)} of {len(self.required)} parameters have no bytes"
+            counts += f", {len(misfits)} have another shape" if misfits else ""
+            counts += f", {len(unused)} checkpoint tensors have no use" if unused else ""
+            raise WeightMismatch(
+                f"{counts} in {self.origin}",
+                [*missing, *misfits, *unused],
+                "check that config.json and the weights belong together, and that every shard is there",
+            )
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; nearest name: {close[0]}" if close else ""
