@@ -1,0 +1,130 @@
+"""The only monkey patches: where upstream's code cannot be traced, or is wrong for a batch. Each has an expiry test."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calque.artifact import Limits
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A replacement for the forward of the modules that ``where`` picks, and what it does to the model's limits.
+
+    ``expires``: what upstream would have to do for the patch to go; a test fails once that is so.
+    """
+
+    name: str
+    where: Callable[[nn.Module], bool]
+    replacement: Callable[..., Any]
+    limits: Callable[[nn.Module, Limits], Limits]
+    reason: str
+    link: str
+    versions: str
+    expires: str
+
+
+def rope_types(module: Any) -> set[str]:
+    """Return the rotary types of a rotary module (one, or one per kind of layer); empty for any other module."""
+    kinds = getattr(module, "rope_type", None)
+    if isinstance(kinds, dict):
+        return {kind for kind in kinds.values() if isinstance(kind, str)}
+    return {kinds} if isinstance(kinds, str) else set()
+
+
+def _rope_parameters(module: Any, layer_type: str | None) -> dict[str, Any]:
+    parameters = module.config.rope_parameters
+    chosen: dict[str, Any] = parameters if layer_type is None else parameters[layer_type]
+    return chosen
+
+
+def _cos_sin(made: Any) -> tuple[Tensor, Tensor]:
+    cos, sin = made
+    return cos, sin
+
+
+def longrope_forward(module: Any, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, [B, S, D], with each row's own choice of short or long frequencies."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    options = {} if layer_type is None else {"layer_type": layer_type}
+    plain = inspect.unwrap(type(module).forward)
+    kind = module.rope_type if layer_type is None else module.rope_type[layer_type]
+    threshold = int(_rope_parameters(module, layer_type)["original_max_position_embeddings"])
+    if kind != "longrope":
+        return _cos_sin(plain(module, x, position_ids, **options))
+    short = getattr(module, f"{prefix}original_inv_freq")
+    long, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, x.device, seq_len=threshold + 1, **options)
+
+    def rotate(frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        setattr(module, f"{prefix}inv_freq", frequencies)
+        return _cos_sin(plain(module, x, position_ids, **options))
+
+    (cos_long, sin_long), (cos_short, sin_short) = rotate(long), rotate(short)
+    is_long = (position_ids.amax(-1, keepdim=True) + 1 > threshold).unsqueeze(-1)
+    return torch.where(is_long, cos_long, cos_short), torch.where(is_long, sin_long, sin_short)
+
+
+def constant_frequencies_forward(
+    module: nn.Module, x: Tensor, position_ids: Tensor, layer_type: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, [B, S, D], with the frequencies the model was trained with."""
+    options = {} if layer_type is None else {"layer_type": layer_type}
+    return _cos_sin(inspect.unwrap(type(module).forward)(module, x, position_ids, **options))
+
+
+def _recompute_limit(module: Any, limits: Limits) -> Limits:
+    parameters = module.config.rope_parameters
+    groups = parameters.values() if isinstance(next(iter(parameters.values())), dict) else [parameters]
+    thresholds = [int(group["original_max_position_embeddings"]) for group in groups if group.get("rope_type") == "longrope"]
+    return replace(limits, recompute_at=min(thresholds))
+
+
+def _length_limit(module: Any, limits: Limits) -> Limits:
+    longest = int(module.original_max_seq_len)
+    return replace(limits, max_length=min(longest, limits.max_length or longest))
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        name="longrope_per_row",
+        where=lambda module: "longrope" in rope_types(module),
+        replacement=longrope_forward,
+        limits=_recompute_limit,
+        reason="upstream chooses short or long frequencies by the longest row of the batch, so a short row changes when a "
+        "long one stands beside it; each row has to be what it is alone",
+        link="transformers/modeling_rope_utils.py, dynamic_rope_update.longrope_frequency_update",
+        versions="transformers 5.x",
+        expires="a short row's cos beside a long row equals its cos alone",
+    ),
+    Patch(
+        name="dynamic_ntk_constant",
+        where=lambda module: any("dynamic" in kind for kind in rope_types(module)),
+        replacement=constant_frequencies_forward,
+        limits=_length_limit,
+        reason="upstream recomputes every frequency at each length past the trained one, in Python; keys in a cache keep their "
+        "old rotation, so past that length no cache is right. The artifact is limited to the trained length",
+        link="transformers/modeling_rope_utils.py, dynamic_rope_update.dynamic_frequency_update",
+        versions="transformers 5.x",
+        expires="the forward of a dynamic-NTK rotary module can be exported without a data-dependent guard",
+    ),
+)
+
+
+def apply(model: nn.Module) -> tuple[Limits, tuple[str, ...]]:
+    """Return the limits that the patched modules impose and the names of the patches that were needed."""
+    limits, used = Limits(), []
+    for patch in PATCHES:
+        for module in filter(patch.where, model.modules()):
+            module.forward = functools.partial(patch.replacement, module)
+            limits = patch.limits(module, limits)
+            used.append(patch.name)
+    return limits, tuple(dict.fromkeys(used))

@@ -1,0 +1,179 @@
+"""Puts the semantic operators into a transformers model while it is traced, through its public extension points.
+
+::
+
+    AttentionInterface        attention of a layer          -> calque::attention
+    AttentionMaskInterface    create_*_mask                 -> calque::attention_mask
+    Cache                     past_key_values.update        -> calque::cache_update
+    ExpertsInterface          experts of a mixture layer    -> every expert on every token, weighted (plain ATen)
+
+Source: transformers/masking_utils.py, cache_utils.py, integrations/moe.py @5.23.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers import masking_utils as masks
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import AttentionInterface
+
+from calque import ops
+
+NAME = "calque"
+
+# Which meaning a mask has is said by the function that a model calls to make it. Its local size is the window.
+_KINDS: dict[CodeType, str] = {
+    masks.create_causal_mask.__code__: "causal",
+    masks.create_sliding_window_causal_mask.__code__: "sliding",
+    masks.create_chunked_causal_mask.__code__: "chunked",
+    masks.create_bidirectional_mask.__code__: "bidirectional",
+    masks.create_bidirectional_sliding_window_mask.__code__: "custom",
+}
+_OVERLAYS = ("or_mask_function", "and_mask_function", "block_sequence_ids")
+
+
+def semantic_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Return the attention of one layer as one operator, [B, Q, H, Dv], and no weights."""
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    out = torch.ops.calque.attention(query, key, value, attention_mask, scale, float(softcap or 0.0), s_aux, causal)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def mask_kind() -> str:
+    """Return the kind of the mask that is being made; ``custom`` where the model lays a function of its own over it.
+
+    Read off the calling ``create_*_mask``, found by its code object: the mask interface is told only the functions.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in _KINDS:
+            overlaid = any(frame.f_locals.get(name) is not None for name in _OVERLAYS)
+            return "custom" if overlaid else _KINDS[frame.f_code]
+        frame = frame.f_back  # type: ignore[assignment]
+    return "custom"
+
+
+def semantic_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = masks.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> Tensor:
+    """Return the mask of one kind of layer, bool [B, 1, Q, K], as one operator that says what it means."""
+    kind, window = mask_kind(), int(local_size or 0)
+    if attention_mask is None:
+        attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    if kind == "custom":
+        full = masks.sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
+            allow_is_causal_skip=False, allow_is_bidirectional_skip=False, use_vmap=False, device=device,
+        )  # fmt: skip
+    else:
+        full = ops.visible(attention_mask, q_offset, q_length, kv_length, kind, window)
+    masked: Tensor = torch.ops.calque.attention_mask(full, attention_mask, kind, window)
+    return masked
+
+
+def all_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Return the mixture, [T, H], computed as every expert on every token, weighted by its routing weight or zero.
+
+    transformers loops over the experts that were hit, which no graph can; this is exact and has no data-dependent shape.
+    """
+    experts = torch.arange(module.num_experts, device=hidden_states.device)
+    chosen = top_k_index.unsqueeze(-1) == experts
+    routing = (chosen.to(top_k_weights.dtype) * top_k_weights.unsqueeze(-1)).sum(1)  # [T, E]
+
+    def project(inputs: Tensor, name: str) -> Tensor:
+        weight: Tensor = getattr(module, name)
+        out = torch.matmul(inputs, weight if module.is_transposed else weight.transpose(1, 2))
+        bias: Tensor | None = getattr(module, f"{name}_bias") if module.has_bias else None
+        return out if bias is None else out + bias.unsqueeze(1)
+
+    if module.has_gate:
+        inner = module._apply_gate(project(hidden_states.unsqueeze(0), "gate_up_proj"))
+    else:
+        inner = module.act_fn(project(hidden_states.unsqueeze(0), "up_proj"))
+    out = project(inner, "down_proj")  # [E, T, H]
+    if module.has_post_expert_norm:
+        out = module.post_expert_norm(out)
+    mixed: Tensor = (out * routing.transpose(0, 1).unsqueeze(-1)).sum(0)
+    return mixed.to(hidden_states.dtype)
+
+
+class RecordingCache(DynamicCache):
+    """Holds nothing and remembers which layers asked for a cache, with which heads and sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, tuple[int, int, int]] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Return the new keys and values as they came."""
+        self.seen[layer_idx] = (key_states.shape[1], key_states.shape[3], value_states.shape[3])
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return that nothing was seen before."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return the lengths of an empty cache."""
+        return query_length, 0
+
+
+class TracedCache(RecordingCache):
+    """Adds to abstract state placeholders through ``calque::cache_update``; which layout that becomes is a pass's to say."""
+
+    def __init__(self, layers: Sequence[int], past: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.keys = dict(zip(layers, past[0::2], strict=True))
+        self.values = dict(zip(layers, past[1::2], strict=True))
+        self.length = past[0].shape[2]
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Return the whole keys and values of a layer."""
+        update = torch.ops.calque.cache_update
+        return (
+            update(self.keys[layer_idx], key_states, f"{layer_idx}.key"),
+            update(self.values[layer_idx], value_states, f"{layer_idx}.value"),
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the symbol ``past_sequence_length``, which all layers share."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return the length of past and new together, from slot 0."""
+        return self.length + query_length, 0
+
+
+def register() -> None:
+    """Make ``attn_implementation="calque"`` and ``experts_implementation="calque"`` known to transformers."""
+    AttentionInterface.register(NAME, semantic_attention)
+    masks.AttentionMaskInterface.register(NAME, semantic_mask)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, all_experts)
