@@ -1,0 +1,268 @@
+"""The whole toolchain: a recipe in, a proven artifact out. Read this first."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from calque import __version__, converters, passes, preflight, targets
+from calque.artifact import MANIFEST, REPORT, Artifact, Proof, file_sha256
+from calque.errors import TargetUnavailable, Unsupported, UsageError
+from calque.recipe import Recipe, unbuilt_settings
+from calque.source import ModelSource
+from calque.stages import Stages
+from calque.staging import check_output, staging
+from calque.targets import Target
+from calque.traced import TracedModel
+from calque.validation.report import Report
+
+if TYPE_CHECKING:
+    from calque.passes import Pass
+    from calque.session import Session
+    from calque.validation.reference import Reference
+    from calque.validation.scenarios import Scenario
+
+TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+
+Rows = list[dict[str, Any]]
+
+
+def silent(_: str) -> None:
+    """Say nothing of the progress."""
+
+
+def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Callable[[str], None] = silent) -> Artifact:
+    """Leave a proven artifact in ``out`` and return it; or nothing there, and what failed the proof in ``out.rejected``.
+
+    Raises:
+        CalqueError: with the exit code of its kind.
+    """
+    target = open_target(recipe)
+    check_output(out, force)
+    stages = Stages(progress)
+    with staging(out, force) as folder:
+        with TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
+            with stages("source"):
+                source = resolve(recipe, Path(scratch))
+                preflight.require_disk(source, folder)
+            artifact = emit(recipe, target, source, folder, stages)
+            proof, rows = prove(recipe, target, source, artifact, Path(scratch), stages)
+        Report.of(folder, rows, stages.done).write(folder)
+        replace(artifact, proof=proof, files=digests(folder)).write_manifest()
+        proof.raise_if_failed()
+        require(recipe, proof)
+    return Artifact.read(out)
+
+
+def emit(recipe: Recipe, target: Target, source: ModelSource, folder: Path, stages: Stages) -> Artifact:
+    """Leave the target's files and the model's companions in ``folder`` and return the artifact, not yet proved."""
+    with stages("trace"):
+        model = trace(recipe, source)
+    with stages("passes"):
+        counts = passes.run(plan_of(recipe, target), model)
+        if problems := target.problems(model):
+            raise Unsupported(f"{target.name} cannot express {source.id}", [str(problem) for problem in problems])
+    with stages("lower"):
+        lowered = target.lower(model)
+    with stages("emit"):
+        emitted = target.emit(lowered, model, folder)
+        copy_companions(source, folder)
+        described = source.describe()
+    return Artifact(
+        folder=folder,
+        target=recipe.target,
+        recipe=recipe.as_manifest(),
+        source=described,
+        precision=recipe.precision,
+        files={},
+        graphs=emitted.graphs,
+        states=model.states,
+        passes=counts,
+        tools={"calque": __version__, **{name: version(name) for name in TOOLS}},
+        limits=emitted.limits,
+    )
+
+
+def prove(recipe: Recipe, target: Target, source: ModelSource, artifact: Artifact, scratch: Path, stages: Stages) -> tuple[Proof, Rows]:
+    """Return the proof of the artifact against the untouched eager model, and one row per scenario."""
+    from calque.validation.prove import prove as run_scenarios
+    from calque.validation.reference import store_reference
+
+    chosen = scenarios_of(recipe, source, artifact)
+    with stages("reference"):
+        expected = store_reference(source.load_eager, chosen, artifact.folder, scratch)
+    with stages("prove"):
+        proof, rows = run_scenarios(artifact, target.open(artifact), chosen, expected)
+    if proof.numerics.status == "failed":
+        with stages("bisect"):
+            first = first_divergence(recipe, target, source, artifact, chosen, expected, rows)
+            proof = replace(proof, failures=(*first, *proof.failures))
+    return proof, rows
+
+
+def open_target(recipe: Recipe) -> Target:
+    """Return the target with the recipe's options.
+
+    Raises:
+        UsageError: no such target, or no such option.
+        Unsupported: settings that this version, or the target, cannot follow.
+    """
+    cls = targets.load(recipe.target)
+    targets.check_options(cls, recipe.options)
+    refused = unbuilt_settings(recipe)
+    if recipe.precision not in cls.precisions:
+        refused.append(f"precision: {recipe.precision}  {recipe.target} has {', '.join(cls.precisions)}")
+    if refused:
+        raise Unsupported("the recipe asks for what this version cannot do", list(dict.fromkeys(refused)), "change these settings")
+    target: Target = cls(**recipe.options)
+    passes.check_order(plan_of(recipe, target))
+    return target
+
+
+def resolve(recipe: Recipe, scratch: Path) -> ModelSource:
+    """Return the source the recipe names; its headers are read, its tensors are not."""
+    return ModelSource.resolve(
+        recipe.model, random_weights=recipe.random_weights, trust_remote_code=recipe.trust_remote_code, scratch=scratch
+    )  # fmt: skip
+
+
+def trace(recipe: Recipe, source: ModelSource) -> TracedModel:
+    """Return the traced model, its ledger balanced."""
+    model = converters.load(recipe.task or converters.infer_task(source))(source)
+    model.weights.check()
+    return model
+
+
+def plan_of(recipe: Recipe, target: Target) -> tuple[Pass, ...]:
+    """Return the passes: the recipe's, or else the target's; cutting the logits comes first, where it is asked for."""
+    listed = target.passes(recipe.precision) if recipe.passes is None else passes.read_plan(recipe.passes)
+    if recipe.logits == "all":
+        return listed
+    return (passes.load("keep_last_logits", {"keep": recipe.logits}), *listed)
+
+
+def copy_companions(source: ModelSource, folder: Path) -> None:
+    """Leave tokenizer, chat template, configs and licences beside the model."""
+    for path in source.companion_files():
+        destination = folder / path.relative_to(source.folder)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, destination)
+
+
+def scenarios_of(recipe: Recipe, source: ModelSource, artifact: Artifact) -> list[Scenario]:
+    """Return the scenarios that the recipe chooses among those that fit the artifact.
+
+    Raises:
+        UsageError: a name that is no scenario of this artifact.
+    """
+    from calque.validation.scenarios import build
+
+    config = source.config.get_text_config()
+    special = {value for name, value in config.to_dict().items() if name.endswith("token_id") and isinstance(value, int)}
+    windows = {state.window for state in artifact.states if state.window}
+    built = build(
+        artifact.limits,
+        config.vocab_size,
+        excluded=special,
+        windows=windows,
+        max_positions=getattr(config, "max_position_embeddings", None),
+    )
+    wanted = recipe.parity.scenarios
+    if wanted == "all":
+        return built
+    if unknown := sorted(set(wanted) - {scenario.name for scenario in built}):
+        raise UsageError(
+            f"no scenario is called {', '.join(unknown)}", fix=f"scenarios of this model: {', '.join(scenario.name for scenario in built)}"
+        )
+    return [scenario for scenario in built if scenario.name in wanted]
+
+
+def first_divergence(
+    recipe: Recipe,
+    target: Target,
+    source: ModelSource,
+    artifact: Artifact,
+    chosen: list[Scenario],
+    expected: dict[str, Reference],
+    rows: Rows,
+) -> list[str]:
+    """Return a line that names the first stage and the first layer that diverge, for the first scenario that failed."""
+    from calque.validation.bisect import bisect
+    from calque.validation.drive import ModelIO
+    from calque.validation.reference import eager_states
+
+    failed = next(row["name"] for row in rows if row["status"] == "failed")
+    scenario = next(scenario for scenario in chosen if scenario.name == failed)
+    if scenario.refuse:
+        return []
+    eager = source.load_eager()
+    stages = list(sessions(recipe, target, source, artifact))
+    found = bisect(stages, ModelIO.of(artifact), scenario, expected[failed], lambda tokens: eager_states(eager, tokens))
+    return [f"{failed} {found.text}"] if found else []
+
+
+def sessions(recipe: Recipe, target: Target, source: ModelSource, artifact: Artifact) -> Iterator[tuple[str, Callable[[], Session]]]:
+    """Yield every stage of the conversion as something that runs: the trace, the graph after each pass, the artifact."""
+    from calque.traced_session import TracedSession
+
+    def opened(model: TracedModel) -> Callable[[], Session]:
+        return lambda: TracedSession(model)
+
+    model = trace(recipe, source)
+    yield "trace", opened(model.copy())
+    for rewrite in plan_of(recipe, target):
+        passes.run_one(rewrite, model)
+        yield passes.name_of(rewrite), opened(model.copy())
+    yield recipe.target, lambda: target.open(artifact)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file of the artifact but the manifest itself and the report, which holds measurements."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    return {name: file_sha256(path) for name, path in names.items() if name not in (MANIFEST, REPORT)}
+
+
+def require(recipe: Recipe, proof: Proof) -> None:
+    """Leave quietly unless the recipe requires a check that did not run.
+
+    Raises:
+        TargetUnavailable: which check, and why it did not run.
+    """
+    if recipe.require is None:
+        return
+    asked = ("build", "execution") if recipe.require == "execution" else ("build",)
+    missing = [f"{name}: {getattr(proof, name).reason}" for name in asked if getattr(proof, name).status == "not_run"]
+    if missing:
+        raise TargetUnavailable(f"--require {recipe.require}: a check did not run", missing, "run where the runtime and its device are")
+
+
+def plan(recipe: Recipe, progress: Callable[[str], None] = silent) -> dict[str, Any]:
+    """Return what converting would emit, need and refuse; nothing is kept on disk."""
+    target = open_target(recipe)
+    stages = Stages(progress)
+    with TemporaryDirectory(prefix="calque-plan-") as scratch:
+        with stages("source"):
+            source = resolve(recipe, Path(scratch))
+        with stages("trace"):
+            model = trace(recipe, source)
+            traced = len(model.graph.nodes)
+        with stages("passes"):
+            counts = passes.run(plan_of(recipe, target), model)
+            problems = target.problems(model)
+    return {
+        "model": source.id,
+        "target": recipe.target,
+        "precision": recipe.precision,
+        **preflight.sizes(model),
+        "nodes": {"traced": traced, "after passes": len(model.graph.nodes)},
+        "passes": counts,
+        "states": len(model.states),
+        "limits": asdict(model.limits),
+        "problems": [asdict(problem) for problem in problems],
+    }

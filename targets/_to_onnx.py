@@ -1,0 +1,204 @@
+"""From the traced graph to an ONNX model in standard operators, its weights lazy. Shared by the targets that speak ONNX.
+
+torch.onnx translates; two things are ours. The graph goes in as it is where every operator has a translation: torch.onnx
+would otherwise decompose it first, tracing it twice more, which costs several times the translation. And initializers
+are replaced by lazy tensors before anything reads them, since the program's own are fake.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as stock
+import torch
+from onnxscript import opset23 as op
+from torch.fx import Node
+
+from calque.targets import Problem
+from calque.traced import TracedModel, source_of
+from calque.weights import Weight, torch_dtype_name
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+OPSET = 23
+LOWEST = float(torch.finfo(torch.float32).min)
+
+Table = Mapping[Any, Callable[..., Any]]
+
+DTYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
+
+
+def ints(*values: int) -> Any:
+    """Return a constant int64 tensor."""
+    return op.Constant(value_ints=list(values))
+
+
+def attention(q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float, sinks: Any, causal: bool) -> Any:
+    """Return standard ``Attention``, which repeats keys and values itself; sinks, which it lacks, are written out."""
+    if sinks is None:
+        return op.Attention(q, k, v, mask, scale=scale, softcap=softcap)[0]
+    heads, groups, size, value_size = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
+    grouped = op.Reshape(q, ints(0, groups, heads // groups, -1, size))
+    key = op.Transpose(op.Unsqueeze(k, ints(2)), perm=[0, 1, 2, 4, 3])
+    scores = op.Mul(op.MatMul(grouped, key), op.Constant(value_float=scale))
+    if softcap > 0:
+        cap = op.Constant(value_float=softcap)
+        scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
+    if mask is not None:
+        scores = op.Where(op.Unsqueeze(mask, ints(1)), scores, op.Constant(value_float=LOWEST))
+    # A sink is one more score per head and query. Adding it to zeros of the row's shape broadcasts it there.
+    zeros = op.Mul(op.ReduceMax(scores, ints(-1), keepdims=1), op.Constant(value_float=0.0))
+    sink = op.Add(zeros, op.Reshape(sinks, ints(1, groups, heads // groups, 1, 1)))
+    weights = op.Softmax(op.Concat(scores, sink, axis=-1), axis=-1)
+    weights = op.Slice(weights, ints(0), ints(-1), ints(-1))
+    out = op.MatMul(weights, op.Unsqueeze(v, ints(2)))
+    return op.Reshape(out, ints(0, heads, -1, value_size))
+
+
+def keep_last(hidden: Any, count: Any) -> Any:
+    """Return the last positions; a count of 0 starts the slice at 0 and so keeps all."""
+    axis = ints(1)
+    start = op.Reshape(op.Neg(count), ints(1))
+    return op.Slice(hidden, start, ints(2**63 - 1), axis)
+
+
+def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """Return the product with a weight that stays [out, in] because something else reads it too (a tied head)."""
+    out = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+    return out if bias is None else op.Add(out, bias)
+
+
+STANDARD: Table = {
+    torch.ops.calque.attention_mask.default: lambda full, key_mask, kind, window: op.Identity(full),
+    torch.ops.calque.attention.default: attention,
+    torch.ops.calque.keep_last.default: keep_last,
+    torch.ops.aten.linear.default: linear,
+}
+
+
+@cache
+def translated() -> frozenset[Any]:
+    """Return the operators that torch.onnx has a direct translation for."""
+    from torch.onnx._internal.exporter import _decomp, _registration
+
+    with _quiet():
+        known = _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
+    return frozenset(_decomp.get_onnx_implemented_overloads(known))
+
+
+def untranslated(program: ExportedProgram, table: Table) -> list[Node]:
+    """Return the nodes whose operator neither torch.onnx nor ``table`` translates as it stands."""
+    nodes = [node for node in program.graph.nodes if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)]
+    return [node for node in nodes if node.target not in table and node.target not in translated()]
+
+
+def problems(model: TracedModel, table: Table) -> list[Problem]:
+    """Return the nodes that have neither a translation nor a decomposition."""
+    found = []
+    for node in untranslated(model.program, table):
+        namespace = node.target.namespace  # type: ignore[union-attr]
+        if namespace != "aten":
+            module, source = source_of(node)
+            found.append(Problem(node.name, module, source, f"{node.target} has no ONNX translation", "use a model without it"))
+    return found
+
+
+def to_onnx(model: TracedModel, table: Table = STANDARD) -> ir.Model:
+    """Return the graph as an ONNX model with the names of ``model.inputs`` and ``outputs``; weights are read when written."""
+    program = model.program
+    if untranslated(program, table):
+        program = _decomposed(program, table)
+    with _quiet(), _as_it_is(program):
+        exported = torch.onnx.export(
+            program, args=(), custom_translation_table=dict(table), dynamo=True, opset_version=OPSET, optimize=False, verbose=False
+        )  # fmt: skip
+    assert exported is not None
+    lowered: ir.Model = exported.model
+    _bind_weights(lowered, model)
+    _name(lowered, model)
+    _simplify(lowered)
+    return lowered
+
+
+def _decomposed(program: ExportedProgram, table: Table) -> ExportedProgram:
+    """Return the program with what has no translation decomposed into what has; this traces the whole graph again."""
+    from torch.onnx._internal.exporter import _decomp
+
+    decomposed: ExportedProgram = program.run_decompositions(_decomp.create_onnx_friendly_decomposition_table({*translated(), *table}))
+    return decomposed
+
+
+@contextmanager
+def _as_it_is(program: ExportedProgram) -> Iterator[None]:
+    """Make torch.onnx take the program without decomposing it once more."""
+    program.run_decompositions = lambda *_: program
+    try:
+        yield
+    finally:
+        del program.run_decompositions
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.onnx's notes on missing optional packages off the user's terminal."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _bind_weights(lowered: ir.Model, model: TracedModel) -> None:
+    """Make every initializer read its bytes from the weight table when it is written; tied names become one."""
+    first: dict[int, ir.Value] = {}
+    for name, value in list(lowered.graph.initializers.items()):
+        if name not in model.weights:
+            continue
+        weight = model.weights[name]
+        if id(weight) in first:
+            value.replace_all_uses_with(first[id(weight)])
+            del lowered.graph.initializers[name]
+            continue
+        first[id(weight)] = value
+        value.const_value = _lazy(name, weight)
+
+
+def _lazy(name: str, weight: Weight) -> ir.LazyTensor:
+    def read() -> ir.TensorProtocol:
+        return ir.tensor(weight.read().contiguous(), name=name)
+
+    return ir.LazyTensor(read, dtype=ir.DataType[DTYPES[torch_dtype_name(weight)]], shape=ir.Shape(weight.shape), name=name)
+
+
+def _name(lowered: ir.Model, model: TracedModel) -> None:
+    """Give inputs and outputs their names and named dimensions; drop inner shapes, whose symbols mean nothing outside."""
+    graph = lowered.graph
+    for node in graph:
+        for value in node.outputs:
+            value.shape = None
+    for values, specs in ((graph.inputs, model.inputs), (graph.outputs, model.outputs)):
+        for value, spec in zip(values, specs, strict=True):
+            value.name = spec.name
+            value.shape = ir.Shape(spec.shape)
+
+
+def _simplify(lowered: ir.Model) -> None:
+    """Fold constants and remove what is doubled or unused, with stock passes, until nothing changes."""
+    from onnxscript import optimizer
+
+    stock.InlinePass()(lowered)
+    optimizer.optimize_ir(lowered, num_iterations=2, onnx_shape_inference=False, input_size_limit=1024, output_size_limit=4096)
+    stock.ClearMetadataAndDocStringPass()(lowered)
+    lowered.graph.name = "main"
+    stock.RemoveUnusedOpsetsPass()(lowered)
