@@ -137,12 +137,50 @@ def _decomposed(program: ExportedProgram, table: Table) -> ExportedProgram:
 
 @contextmanager
 def _as_it_is(program: ExportedProgram) -> Iterator[None]:
-    """Make torch.onnx take the program without decomposing it once more."""
+    """Make torch.onnx take the program without tracing it again.
+
+    It would decompose it, and run it once more to make type promotions explicit. The first was seen to beforehand; the
+    second is left to it wherever a promotion could be needed at all.
+    """
+    from torch.onnx._internal.exporter import _fx_passes
+
+    promote = _fx_passes.insert_type_promotion_nodes
     program.run_decompositions = lambda *_: program
+    if not any(_may_promote(node) for node in program.graph.nodes):
+        _fx_passes.insert_type_promotion_nodes = _leave_alone
     try:
         yield
     finally:
+        _fx_passes.insert_type_promotion_nodes = promote
         del program.run_decompositions
+
+
+def _leave_alone(graph_module: torch.fx.GraphModule) -> None:
+    """Insert nothing."""
+
+
+@cache
+def _promoting() -> Any:
+    from torch.onnx._internal.fx.passes.type_promotion import TypePromotionTable
+
+    return TypePromotionTable()
+
+
+def _may_promote(node: Node) -> bool:
+    """Return whether an operator that promotes types is given types that differ from each other or from its result."""
+    if (
+        node.op != "call_function"
+        or not isinstance(node.target, torch._ops.OpOverload)
+        or _promoting().get_rule(node.target.overloadpacket) is None
+    ):
+        return False
+    dtypes = {tensor.dtype for argument in node.all_input_nodes if isinstance(tensor := argument.meta.get("val"), torch.Tensor)}
+    if node.target in (torch.ops.aten.where.self, torch.ops.aten.masked_fill.Scalar):
+        dtypes -= {torch.bool}
+    scalars = {type(argument) for argument in node.args if isinstance(argument, float | complex)}
+    result = node.meta["val"].dtype
+    mixed = len(dtypes) > 1 or (scalars and not any(dtype.is_floating_point for dtype in dtypes))
+    return bool(mixed or (dtypes and result != torch.bool and result not in dtypes))
 
 
 @contextmanager
@@ -194,11 +232,26 @@ def _name(lowered: ir.Model, model: TracedModel) -> None:
 
 
 def _simplify(lowered: ir.Model) -> None:
-    """Fold constants and remove what is doubled or unused, with stock passes, until nothing changes."""
+    """Fold constants and remove what is doubled or unused, with stock passes.
+
+    onnxscript's rewrite rules are left out: on graphs this clean they find nothing, in most of the time that lowering takes.
+    """
     from onnxscript import optimizer
 
     stock.InlinePass()(lowered)
-    optimizer.optimize_ir(lowered, num_iterations=2, onnx_shape_inference=False, input_size_limit=1024, output_size_limit=4096)
-    stock.ClearMetadataAndDocStringPass()(lowered)
+    optimizer.fold_constants(lowered, onnx_shape_inference=False, input_size_limit=1024, output_size_limit=4096)
+    for rewrite in (
+        stock.IdentityEliminationPass(),
+        stock.RemoveUnusedNodesPass(),
+        stock.RemoveUnusedFunctionsPass(),
+        stock.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        stock.DeduplicateInitializersPass(),
+        stock.CommonSubexpressionEliminationPass(),
+        stock.RemoveUnusedNodesPass(),
+        stock.OutputFixPass(),
+        stock.NameFixPass(),
+        stock.ClearMetadataAndDocStringPass(),
+        stock.RemoveUnusedOpsetsPass(),
+    ):
+        rewrite(lowered)
     lowered.graph.name = "main"
-    stock.RemoveUnusedOpsetsPass()(lowered)
