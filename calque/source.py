@@ -1,0 +1,349 @@
+"""Where a model comes from: a builtin, a local folder, a config alone, or the hub; headers are read, never a tensor."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from calque import checkpoint
+from calque.errors import SourceUnreadable, Unsupported, UsageError, WeightMismatch
+from calque.weights import Stored
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+BUILTIN = "builtin:"
+BUILTIN_FOLDER = Path(__file__).parent / "models"
+CONFIG = "config.json"
+
+# What travels into the artifact besides the weights. Source: the file names that transformers' save_pretrained writes,
+# and the licence files of the hub's largest families.
+COMPANIONS = (
+    CONFIG,
+    "generation_config.json",
+    "tokenizer*",
+    "*.tiktoken",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "LICENCE*",
+    "License*",
+    "license*",
+    "NOTICE*",
+    "Notice*",
+    "USE_POLICY*",
+)
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@\S+)?")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that can be read: its config and where its tensors' bytes lie.
+
+    ``id`` is ``org/name``, ``builtin:name`` or a local folder's name, never a path, for the manifest holds it.
+    ``revision`` is the resolved commit of a hub model. ``folder`` holds config.json, the tokenizer and the safetensors.
+    """
+
+    id: str
+    revision: str | None
+    folder: Path
+    config: PreTrainedConfig
+    tensors: Mapping[str, Stored]
+    trust_remote_code: bool
+    random_weights: bool
+
+    @classmethod
+    def resolve(cls, model: str, *, random_weights: bool = False, trust_remote_code: bool = False, scratch: Path) -> ModelSource:
+        """Return the source that ``model`` names; its config is valid and the headers of its weights have been read.
+
+        Args:
+            model: ``builtin:<name>``, a folder, with ``random_weights`` also a config.json, or ``org/name[@revision]``.
+            random_weights: Use seeded random weights, written to ``scratch``, whatever weights the model has.
+            trust_remote_code: Run the modeling code that comes with the model, where it needs some.
+            scratch: A folder that random weights, and the files that belong to them, are written to.
+
+        Raises:
+            SourceUnreadable: what is missing or malformed, where, and what to do.
+            UsageError: random weights would overwrite the model's own.
+            Unsupported: random weights for a model that is no causal LM.
+        """
+        place = _locate(model, random_weights, trust_remote_code)
+        config = _read_config(place.folder, trust_remote_code)
+        folder = place.folder
+        if random_weights:
+            folder = _randomized(place.folder, config, scratch, trust_remote_code)
+        elif place.revision is not None:
+            _download_weights(place)
+        tensors = checkpoint.read_headers(folder)
+        return cls(place.id, place.revision, folder, config, tensors, trust_remote_code, random_weights)
+
+    def sha256(self) -> str:
+        """Return the hex SHA-256 of config.json and all weight files; it depends on their bytes and names alone."""
+        return checkpoint.sha256(self.folder)
+
+    def describe(self) -> dict[str, str | None]:
+        """Return what the manifest says of the source: id, revision, sha256."""
+        return {"id": self.id, "revision": self.revision, "sha256": self.sha256()}
+
+    def companion_files(self) -> list[Path]:
+        """Return the tokenizer, chat template, config and licence files, sorted; copy each to its place in ``folder``.
+
+        They are not resolved: what the hub's cache links to has no telling name.
+        """
+        return _companions(self.folder)
+
+    def load_eager(self, dtype: str = "float32") -> PreTrainedModel:
+        """Return the untouched model, all of its weights loaded, for inference in ``dtype`` (torch's name).
+
+        Attention and experts are the plain loops: the others differ between devices, or refuse float64.
+
+        Raises:
+            WeightMismatch: parameters that the checkpoint does not hold.
+            SourceUnreadable: transformers cannot load the checkpoint.
+            Unsupported: the model is no causal LM.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        _check_causal(self.config, self.trust_remote_code)
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                dtype=getattr(torch, dtype),
+                attn_implementation="eager",
+                experts_implementation="eager",
+                trust_remote_code=self.trust_remote_code,
+                local_files_only=not self.trust_remote_code,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            fix = "check that config.json and the weights belong together"
+            raise SourceUnreadable(f"transformers cannot load {self.id}: {error}", fix=fix) from error
+        model, report = loaded
+        # transformers would fill these with random values and go on.
+        if missing := sorted(report["missing_keys"]):
+            fix = "check that config.json and the weights belong together"
+            raise WeightMismatch(f"{len(missing)} parameters of {self.id} have no bytes", missing, fix)
+        return cast("PreTrainedModel", model.eval().requires_grad_(False))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A folder that holds at least config.json; ``revision`` is None unless it is the hub's cache."""
+
+    id: str
+    folder: Path
+    revision: str | None = None
+
+
+def _locate(model: str, random_weights: bool, trust_remote_code: bool) -> _Place:
+    if model.startswith(BUILTIN):
+        return _builtin(model)
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        return _Place(_folder_name(path), path)
+    if model and path.is_file():
+        return _config_alone(path, random_weights)
+    if _HUB_ID.fullmatch(model) and not model.startswith("."):
+        return _download_config(model, trust_remote_code)
+    near = difflib.get_close_matches(model, _builtins(), n=1)
+    hint = f"did you mean {BUILTIN}{near[0]}? " if near else ""
+    raise SourceUnreadable(
+        f"no model {model!r}: no folder of that name exists, and it is no hub id",
+        fix=f"{hint}name a folder, a hub id org/name[@revision], or one of: {_listed_builtins()}",
+    )
+
+
+def _builtins() -> list[str]:
+    return sorted(path.parent.name for path in BUILTIN_FOLDER.glob(f"*/{CONFIG}"))
+
+
+def _listed_builtins() -> str:
+    return ", ".join(BUILTIN + name for name in _builtins()) or "(this installation has no builtin models)"
+
+
+def _builtin(model: str) -> _Place:
+    name = model.removeprefix(BUILTIN)
+    if name not in _builtins():
+        raise SourceUnreadable(f"no builtin model {name!r}", fix=f"builtin models are: {_listed_builtins()}")
+    return _Place(model, BUILTIN_FOLDER / name)
+
+
+def _config_alone(path: Path, random_weights: bool) -> _Place:
+    if path.suffix != ".json":
+        raise SourceUnreadable(f"{path} is a file, not a model's folder", fix=f"name the folder that holds it and {CONFIG}")
+    if path.name != CONFIG:
+        raise SourceUnreadable(f"{path} is not named {CONFIG}", fix=f"a config alone is a file named {CONFIG}")
+    if not random_weights:
+        raise SourceUnreadable(f"{path} is a config without weights", fix="name its folder, or pass --random-weights")
+    return _Place(_folder_name(path.parent), path.parent)
+
+
+def _folder_name(folder: Path) -> str:
+    # `.` and `..` have no name of their own, and a link keeps the name that its owner gave it.
+    return os.path.basename(os.path.abspath(folder))
+
+
+def _download_config(model: str, trust_remote_code: bool) -> _Place:
+    """Return the cached snapshot with config.json and all companions; no weights yet, so that a bad model fails fast."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    name, _, revision = model.partition("@")
+    try:
+        config = Path(hf_hub_download(name, CONFIG, revision=revision or None))
+        # The cache keeps each commit in a folder of its name; from here on all files are of this one commit.
+        commit = config.parent.name
+        patterns = [*COMPANIONS, checkpoint.INDEX, *(["*.py"] if trust_remote_code else [])]
+        folder = Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
+    except Exception as error:
+        raise _hub_error(model, error) from error
+    return _Place(name, folder, commit)
+
+
+def _download_weights(place: _Place) -> None:
+    """The snapshot holds the files that its index names, or model.safetensors."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    indexed = (place.folder / checkpoint.INDEX).is_file()
+    patterns = list(checkpoint.weight_files(place.folder)) if indexed else [checkpoint.SINGLE]
+    try:
+        snapshot_download(place.id, revision=place.revision, allow_patterns=patterns)
+    except Exception as error:
+        raise _hub_error(place.id, error) from error
+    if indexed or (place.folder / checkpoint.SINGLE).is_file():
+        return
+    try:
+        names = HfApi().list_repo_files(place.id, revision=place.revision)
+    except Exception:  # offline: what the repository has instead of safetensors stays unknown
+        names = []
+    raise checkpoint.no_safetensors(names, f"{place.id} on the hub")
+
+
+def _hub_error(model: str, error: Exception) -> SourceUnreadable:
+    """Return the failure in our words. The hub's client raises its own, its transport's and the system's exceptions."""
+    from huggingface_hub import errors, is_offline_mode
+
+    page = f"https://huggingface.co/{model.partition('@')[0]}"
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if isinstance(error, SourceUnreadable):
+        return error
+    if isinstance(error, errors.GatedRepoError) or status == 403:
+        fix = f"accept its licence at {page} with your account, then set HF_TOKEN to a token of that account that may read it"
+        return SourceUnreadable(f"{model} is gated", fix=fix)
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
+        fix = f"check the spelling at {page}, and set HF_TOKEN if it is private; no folder of that name exists here either"
+        return SourceUnreadable(f"{model} is not on the hub, or is private; builtin models are: {_listed_builtins()}", fix=fix)
+    if isinstance(error, errors.RevisionNotFoundError):
+        return SourceUnreadable(f"{model}: the hub has no such revision", fix=f"see {page}/commits/main for branches, tags and commits")
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        fix = "name a model in the transformers format; adapters must be merged into their base model first"
+        return SourceUnreadable(f"{model} has no {CONFIG} on the hub", fix=fix)
+    if isinstance(error, errors.HFValidationError):
+        return SourceUnreadable(f"{model!r} is no hub id: {error}", fix="a hub id is org/name[@revision]")
+    if is_offline_mode() and isinstance(error, errors.EntryNotFoundError | errors.OfflineModeIsEnabled):
+        fix = "unset HF_HUB_OFFLINE once to fetch it, or set HF_HOME to a cache that has it; no folder of that name exists here either"
+        return SourceUnreadable(f"{model} is not in the local cache, and HF_HUB_OFFLINE forbids fetching it", fix=fix)
+    return SourceUnreadable(
+        f"{model} could not be fetched from the hub: {type(error).__name__}: {error}",
+        fix="check the network and the disk, then run again: what was fetched is kept; or name a local folder",
+    )
+
+
+def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """Return the folder's config; modeling code that comes with it runs only when trusted."""
+    path = folder / CONFIG
+    if not path.is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        fix = "it is an adapter: merge it into its base model first" if adapter else "name the folder that save_pretrained wrote"
+        raise SourceUnreadable(f"{folder} has no {CONFIG}", fix=fix)
+    table = checkpoint.read_json(path)
+    _check_model_type(table, path, trust_remote_code)
+
+    from transformers import AutoConfig
+
+    try:
+        # Trusted code may lie in another repository than the config; all else is here.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=not trust_remote_code)
+    except Exception as error:  # a config class validates as it likes, and remote code may raise anything
+        raise SourceUnreadable(
+            f"{path} describes no usable {table.get('model_type')} model: {error}", fix=f"check {CONFIG} against the model's documentation"
+        ) from error
+    return cast("PreTrainedConfig", config)
+
+
+def _check_model_type(table: dict[str, Any], path: Path, trust_remote_code: bool) -> None:
+    from transformers import CONFIG_MAPPING, __version__
+
+    model_type, own_code = table.get("model_type"), table.get("auto_map")
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+        return
+    if own_code and trust_remote_code:
+        return
+    if own_code:
+        code = sorted(str(name) for name in own_code.values()) if isinstance(own_code, dict) else [str(own_code)]
+        raise _untrusted(model_type, code)
+    if not isinstance(model_type, str):
+        raise SourceUnreadable(f"{path} has no model_type", fix="name a model in the transformers format")
+    near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=1)
+    raise SourceUnreadable(
+        f"{path}: transformers {__version__} does not know model_type {model_type!r}" + (f"; nearest: {near[0]}" if near else ""),
+        fix="upgrade transformers; if the model comes with code of its own, pass --trust-remote-code",
+    )
+
+
+def _untrusted(model_type: object, code: Sequence[str]) -> SourceUnreadable:
+    return SourceUnreadable(
+        f"model_type {model_type!r} needs code that comes with the model, and that does not run unasked",
+        code,
+        "read that code; if you trust it, pass --trust-remote-code",
+    )
+
+
+def _check_causal(config: PreTrainedConfig, trust_remote_code: bool) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or (own_code and trust_remote_code):
+        return
+    if own_code:
+        raise _untrusted(config.model_type, ())
+    raise Unsupported(f"model_type {config.model_type!r} is no causal language model", fix="name a model that generates text")
+
+
+def _randomized(folder: Path, config: PreTrainedConfig, scratch: Path, trust_remote_code: bool) -> Path:
+    """Return ``scratch``, holding the model's files with random weights in place of its own."""
+    from calque.random_weights import write_random_weights
+
+    _check_causal(config, trust_remote_code)
+    if scratch.resolve() == folder.resolve():
+        raise UsageError(f"random weights would overwrite the model in {folder}", fix="name another scratch folder")
+    code = sorted(folder.glob("*.py")) if trust_remote_code else []
+    for file in [*_companions(folder), *code]:
+        target = scratch / file.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    table = checkpoint.read_json(folder / CONFIG)
+    # Random weights are plain: a loader told otherwise would look for packed ones.
+    table.pop("quantization_config", None)
+    (scratch / CONFIG).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    write_random_weights(config, scratch, trust_remote_code=trust_remote_code)
+    return scratch
+
+
+def _companions(folder: Path) -> list[Path]:
+    return sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()})
