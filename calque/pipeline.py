@@ -22,6 +22,7 @@ from calque.traced import TracedModel
 from calque.validation.report import Report
 
 if TYPE_CHECKING:
+    from calque.artifact import Limits
     from calque.passes import Pass
     from calque.session import Session
     from calque.validation.reference import Reference
@@ -44,6 +45,7 @@ def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Callabl
     """
     target = open_target(recipe)
     check_output(out, force)
+    use_threads(recipe)
     stages = Stages(progress)
     with staging(out, force) as folder:
         with TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
@@ -84,7 +86,7 @@ def emit(recipe: Recipe, target: Target, source: ModelSource, folder: Path, stag
         states=model.states,
         passes=counts,
         tools={"calque": __version__, **{name: version(name) for name in TOOLS}},
-        limits=emitted.limits,
+        limits=bounded(recipe, emitted.limits),
     )
 
 
@@ -97,7 +99,7 @@ def prove(recipe: Recipe, target: Target, source: ModelSource, artifact: Artifac
     with stages("reference"):
         expected = store_reference(source.load_eager, chosen, artifact.folder, scratch)
     with stages("prove"):
-        proof, rows = run_scenarios(artifact, target.open(artifact), chosen, expected)
+        proof, rows = run_scenarios(artifact, target.open(artifact, recipe.threads), chosen, expected)
     if proof.numerics.status == "failed":
         with stages("bisect"):
             first = first_divergence(recipe, target, source, artifact, chosen, expected, rows)
@@ -122,6 +124,20 @@ def open_target(recipe: Recipe) -> Target:
     target: Target = cls(**recipe.options)
     passes.check_order(plan_of(recipe, target))
     return target
+
+
+def use_threads(recipe: Recipe) -> None:
+    """Make torch use as many threads as the recipe says, where it says so."""
+    if recipe.threads:
+        import torch
+
+        torch.set_num_threads(recipe.threads)
+
+
+def bounded(recipe: Recipe, limits: Limits) -> Limits:
+    """Return the limits with the recipe's own ``max_length``, if that is the smaller."""
+    lengths = [length for length in (limits.max_length, recipe.dims.max_length) if length]
+    return replace(limits, max_length=min(lengths, default=None))
 
 
 def resolve(recipe: Recipe, scratch: Path) -> ModelSource:
@@ -218,7 +234,7 @@ def sessions(recipe: Recipe, target: Target, source: ModelSource, artifact: Arti
     for rewrite in plan_of(recipe, target):
         passes.run_one(rewrite, model)
         yield passes.name_of(rewrite), opened(model.copy())
-    yield recipe.target, lambda: target.open(artifact)
+    yield recipe.target, lambda: target.open(artifact, recipe.threads)
 
 
 def digests(folder: Path) -> dict[str, str]:

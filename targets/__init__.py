@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -67,13 +68,28 @@ class Target(Protocol):
         """Write the target's files into ``folder``; weights stream through."""
         ...
 
-    def open(self, artifact: Artifact) -> Session:
-        """Return a session that runs the artifact here.
+    def open(self, artifact: Artifact, threads: int = 0) -> Session:
+        """Return a session that runs the artifact here on so many threads; 0 leaves the number to the runtime.
 
         Raises:
             TargetUnavailable: the runtime or its device is not here.
         """
         ...
+
+    def doctor(self) -> list[tuple[str, str, str]]:
+        """Return what the target needs, whether it is here, and what to do if not."""
+        ...
+
+
+def package_rows(needs: dict[str, str]) -> list[tuple[str, str, str]]:
+    """Return a doctor's row for each package: its version, or that it is missing and what it is needed for."""
+    rows = []
+    for package, purpose in needs.items():
+        try:
+            rows.append((package, version(package), purpose))
+        except PackageNotFoundError:
+            rows.append((package, "missing", f"{purpose}: pip install 'calque[convert]'"))
+    return rows
 
 
 def names() -> list[str]:

@@ -243,7 +243,6 @@ def _simplify(lowered: ir.Model) -> None:
     for rewrite in (
         stock.IdentityEliminationPass(),
         stock.RemoveUnusedNodesPass(),
-        stock.RemoveUnusedFunctionsPass(),
         stock.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         stock.DeduplicateInitializersPass(),
         stock.CommonSubexpressionEliminationPass(),

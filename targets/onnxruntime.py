@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from calque.artifact import Artifact, GraphSpec
 from calque.passes import Pass
-from calque.targets import Emitted, Problem
+from calque.targets import Emitted, Problem, package_rows
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -66,11 +66,15 @@ class OnnxRuntime:
         # Standard operators take the true mask and true positions, so every padding side and chunk is exact.
         return Emitted({"model": graph}, replace(model.limits, padding="any", batched_chunk=True))
 
-    def open(self, artifact: Artifact) -> Session:
+    def open(self, artifact: Artifact, threads: int = 0) -> Session:
         """Return a session of ONNX Runtime on this machine's CPU."""
         from calque.runtime.onnxruntime_session import OnnxRuntimeSession
 
-        return OnnxRuntimeSession(artifact)
+        return OnnxRuntimeSession(artifact, threads)
+
+    def doctor(self) -> list[tuple[str, str, str]]:
+        """Return the packages that emitting and running take."""
+        return package_rows({"onnxruntime": "to run", "torch": "to convert", "onnx-ir": "to convert", "onnxscript": "to convert"})
 
 
 TARGET = OnnxRuntime
