@@ -1,0 +1,55 @@
+"""Inputs held against what the manifest says an artifact must not be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from calque.errors import Unsupported
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from calque.artifact import Limits
+
+
+def check_limits(limits: Limits, inputs: Mapping[str, NDArray[np.generic]]) -> None:
+    """Leave quietly if the call is within the limits; what the inputs do not tell is taken to be.
+
+    Raises:
+        Unsupported: padding, a batched chunk, a length or a continued cache that the artifact cannot do.
+    """
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if ids is None or mask is None:
+        return
+    batch, width = ids.shape
+    past = mask.shape[1] - width
+    _check_padding(limits, mask)
+    if not limits.batched_chunk and batch > 1 and width > 1 and past > 0:
+        raise Unsupported(
+            f"the artifact cannot take {width} tokens of {batch} rows at once over a cache (batched_chunk: false)",
+            fix="feed such prompts in one call, or row by row",
+        )
+    held = mask[:, :past].astype(bool).sum(axis=1)
+    reached = mask.astype(bool).sum(axis=1)
+    if limits.max_length is not None and int(reached.max(initial=0)) > limits.max_length:
+        raise Unsupported(
+            f"a row would hold {int(reached.max())} tokens, the artifact's max_length is {limits.max_length}",
+            fix="cut the prompt, or stop generating there",
+        )
+    limit = limits.recompute_at
+    if limit is not None and bool(((held > 0) & (held <= limit) & (reached > limit)).any()):
+        raise Unsupported(
+            f"a cache of at most {limit} tokens may not be continued past {limit}: the rotary frequencies of its keys change there",
+            fix="start from an empty cache and feed every row's tokens again from the first",
+        )
+
+
+def _check_padding(limits: Limits, mask: NDArray[np.generic]) -> None:
+    seen = mask.astype(bool)
+    if limits.padding == "none" and not seen.all():
+        raise Unsupported("the artifact takes no padding (padding: none)", fix="run rows of unequal length one by one")
+    # A row of padding alone is no left padding: right-padded continuations may skip a row so.
+    if limits.padding == "right" and bool((~seen[:, 0] & seen.any(axis=1)).any()):
+        raise Unsupported("the artifact takes padding on the right alone (padding: right)", fix="put the padding after each row's tokens")

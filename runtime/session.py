@@ -1,0 +1,37 @@
+"""An artifact found and opened by the runtime that its target names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from calque.artifact import Artifact
+from calque.errors import TargetUnavailable
+from calque.runtime.onnxruntime_session import OnnxRuntimeSession
+from calque.session import Session
+
+ONNX_TARGETS = ("onnxruntime",)
+
+
+def load(folder: Path | str) -> Artifact:
+    """Return the artifact in ``folder``; nothing is opened yet.
+
+    Raises:
+        ArtifactUnreadable: not an artifact, or one of a newer schema.
+    """
+    return Artifact.read(Path(folder))
+
+
+def open_session(folder: Path | str, threads: int = 0) -> Session:
+    """Return a session that runs the artifact in ``folder``; ``threads`` 0 leaves their number to the runtime.
+
+    Raises:
+        ArtifactUnreadable: not an artifact, or one of a newer schema.
+        TargetUnavailable: no runtime for its target is built in.
+    """
+    artifact = load(folder)
+    if artifact.target not in ONNX_TARGETS:
+        raise TargetUnavailable(
+            f"an artifact for {artifact.target} cannot be run by Calque's own runtime",
+            fix=f"load it with the SDK of {artifact.target}; built in: {', '.join(ONNX_TARGETS)}",
+        )
+    return OnnxRuntimeSession(artifact, threads)

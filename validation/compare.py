@@ -1,0 +1,151 @@
+"""One scenario run and compared with its reference, in σ of the row's logits, on valid positions only."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calque.errors import CalqueError, ParityFailed, Unsupported
+from calque.validation.drive import ModelIO, Reached, run
+from calque.validation.tolerance import tolerance
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from calque.session import Session
+    from calque.validation.reference import Reference
+    from calque.validation.scenarios import Scenario
+
+Row = dict[str, Any]
+
+# Positions compared at a time: the difference of one piece is held in float32 beside the logits themselves.
+STEP = 64
+# How the reason begins where the session gave no answer at all.
+SESSION_FAILED = "the session failed"
+
+
+@dataclass
+class Comparison:
+    """The differences met so far. ``worst`` and ``mean`` are in σ; ``faults`` are lines, first position first."""
+
+    scenario: Scenario
+    reference: Reference
+    limit: float
+    noise: float
+    positions: int = 0
+    worst: float = 0.0
+    total: float = 0.0
+    elements: int = 0
+    agreed: int = 0
+    near_ties: list[dict[str, Any]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, reached: Reached) -> None:
+        """Count one row's positions of one call."""
+        for start in range(0, len(reached.positions), STEP):
+            part = slice(start, start + STEP)
+            self._add(reached, reached.positions[part], np.asarray(reached.logits[part]))
+
+    def _add(self, reached: Reached, positions: NDArray[np.int64], logits: NDArray[np.generic]) -> None:
+        expected = self.reference.tables[reached.row, reached.beyond].at(positions)
+        columns = self.reference.columns
+        got = logits.astype(np.float32, copy=False)
+        chosen = got if columns is None else got[:, columns[columns < got.shape[1]]]
+        if chosen.shape != expected.logits.shape:
+            wanted = expected.logits.shape[1] if columns is None else f"more than {columns[-1]}"
+            raise ParityFailed(f"logits has a vocabulary of {got.shape[1]}, the eager model's has {wanted}")
+        self.positions += len(positions)
+        finite = np.isfinite(got).all(axis=1)
+        if not finite.all():
+            bad = int(np.flatnonzero(~finite)[0])
+            self.worst = math.inf
+            self.faults.append(f"{_where(reached, int(positions[bad]), self.scenario)}: NaN or infinity")
+            return
+        sigma = self.reference.sigmas[reached.row]
+        delta = np.abs(chosen - expected.logits) / np.float32(sigma)
+        self.total += float(delta.sum(dtype=np.float64))
+        self.elements += delta.size
+        of_position = delta.max(axis=1)
+        self.worst = max(self.worst, float(of_position.max()))
+        for at in np.flatnonzero(of_position > self.limit)[:1]:
+            where = _where(reached, int(positions[at]), self.scenario)
+            self.faults.append(f"{where}: {of_position[at]:.1e} σ, limit {self.limit:.1e} σ")
+        self._tokens(reached, positions, got.argmax(axis=1) == expected.top, expected.margin / sigma)
+
+    def _tokens(self, reached: Reached, positions: NDArray[np.int64], same: NDArray[np.bool_], margin: NDArray[np.float32]) -> None:
+        self.agreed += int(same.sum())
+        for at in np.flatnonzero(~same):
+            # Each of the two leading logits may have moved by the noise.
+            if margin[at] < 2 * self.noise:
+                self.near_ties.append({"row": reached.row, "position": int(positions[at]), "margin_sigma": float(margin[at])})
+            else:
+                where = _where(reached, int(positions[at]), self.scenario)
+                self.faults.append(f"{where}: another likeliest token, though the reference's leads by {margin[at]:.1e} σ")
+
+
+def _where(reached: Reached, position: int, scenario: Scenario) -> str:
+    step = reached.call - max(1, len(scenario.chunks))
+    return f"row {reached.row}, position {position} ({f'decode step {step + 1}' if step >= 0 else 'prefill'})"
+
+
+def compare(session: Session, io: ModelIO, scenario: Scenario, reference: Reference | None) -> Row:
+    """Return how the session did: ``status`` passed, failed or not_run, with the figures and the first fault as reason.
+
+    Nothing that the session raises gets out: a crash is a failure with its text as the reason.
+    """
+    row = tolerance(io.dtype)
+    begun = time.perf_counter()
+    if scenario.not_run:
+        return _result(scenario, None, "not_run", scenario.not_run, 0.0, row.limit(io.layers))
+    if scenario.refuse:
+        status, said = _refused(session, io, scenario)
+        return _result(scenario, None, status, said, time.perf_counter() - begun, row.limit(io.layers))
+    if reference is None:
+        raise ValueError(f"scenario {scenario.name} has no reference")
+    met = Comparison(scenario, reference, row.limit(io.layers), row.noise(io.layers))
+    try:
+        for reached in run(session, io, scenario):
+            met.add(reached)
+    except ParityFailed as error:
+        met.faults.append(error.what)
+    except CalqueError as error:
+        met.faults.append(f"{SESSION_FAILED}: {error}".replace("\n", " "))
+    except Exception as error:  # a session is foreign code; its crash is a finding, not our end
+        met.faults.append(f"{SESSION_FAILED}: {type(error).__name__}: {error}".replace("\n", " "))
+    if not met.positions and not met.faults:
+        met.faults.append("no valid position was reached")
+    reason = met.faults[0] if met.faults else None
+    return _result(scenario, met, "failed" if met.faults else "passed", reason, time.perf_counter() - begun, met.limit)
+
+
+def _refused(session: Session, io: ModelIO, scenario: Scenario) -> tuple[str, str]:
+    try:
+        for _ in run(session, io, scenario):
+            pass
+    except Unsupported as error:
+        return "passed", f"refused: {error.what}"
+    except Exception as error:  # any other error is not the refusal that was promised
+        return "failed", f"must be refused ({scenario.refuse}) with Unsupported, raised {type(error).__name__}: {error}".replace("\n", " ")
+    return "failed", f"must be refused ({scenario.refuse}), was answered"
+
+
+def _result(scenario: Scenario, met: Comparison | None, status: str, reason: str | None, seconds: float, limit: float) -> Row:
+    counted = met is not None and met.elements > 0
+    return {
+        "name": scenario.name,
+        "rows": len(scenario.prompts),
+        "positions": met.positions if met else 0,
+        # JSON has no infinity: a row with NaN has no figure, its reason says so.
+        "worst_sigma": met.worst if met and counted and math.isfinite(met.worst) else None,
+        "mean_sigma": met.total / met.elements if met and counted else None,
+        "limit": limit,
+        "top1_agree": met.agreed / met.positions if met and met.positions else None,
+        "near_ties": met.near_ties if met else [],
+        "status": status,
+        "reason": reason,
+        "seconds": round(seconds, 4),
+    }

@@ -1,0 +1,192 @@
+"""Runs a scenario on a session: builds the inputs of each call, chains the states, and picks the valid positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from calque.artifact import TensorSpec
+from calque.errors import ParityFailed, UsageError
+from calque.states import StateSpec
+from calque.validation.scenarios import PAD, Scenario, calls
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from calque.artifact import Artifact
+    from calque.session import Session
+
+    Array = NDArray[np.generic]
+
+PLAIN_INPUTS = ("input_ids", "attention_mask", "position_ids", "num_logits_to_keep")
+
+
+@dataclass(frozen=True)
+class ModelIO:
+    """What the driver must know of a graph; the stages of one conversion share it."""
+
+    graph: str
+    inputs: tuple[TensorSpec, ...]
+    states: tuple[StateSpec, ...]
+    pad_id: int = 0
+
+    @classmethod
+    def of(cls, artifact: Artifact, pad_id: int = 0) -> ModelIO:
+        """Return the IO of the artifact's graph.
+
+        Raises:
+            UsageError: the artifact has several graphs.
+        """
+        if len(artifact.graphs) != 1:
+            raise UsageError(f"the parity gate drives artifacts of one graph, this one has {sorted(artifact.graphs)}")
+        [(name, graph)] = artifact.graphs.items()
+        return cls(name, graph.inputs, artifact.states, pad_id)
+
+    @property
+    def layers(self) -> int:
+        """How many decoder layers there are, as far as their states tell; at least 1."""
+        return max((state.layer + 1 for state in self.states), default=1)
+
+    @property
+    def dtype(self) -> str:
+        """What activations are computed in, as far as the states tell."""
+        return self.states[0].dtype if self.states else "float32"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one call gave. ``history``: which position of its row each cache slot holds, PAD where none: [B, slots].
+
+    ``keep``: how many positions' logits were asked for, 0 meaning all; None where the graph does not ask.
+    """
+
+    number: int
+    index: NDArray[np.int64]
+    history: NDArray[np.int64]
+    beyond: tuple[bool, ...]
+    keep: int | None
+    outputs: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Reached:
+    """The logits of one row's valid positions in one call: float [positions, vocabulary]."""
+
+    call: int
+    row: int
+    positions: NDArray[np.int64]
+    beyond: bool
+    logits: Array
+
+
+def run(session: Session, io: ModelIO, scenario: Scenario) -> Iterator[Reached]:
+    """Yield each row's logits call by call; pad positions are left out.
+
+    Raises:
+        ParityFailed: an output is missing or has the wrong shape.
+    """
+    for answer in answers(session, io, scenario):
+        yield from reached(answer)
+
+
+def answers(session: Session, io: ModelIO, scenario: Scenario) -> Iterator[Answer]:
+    """Yield what each call gives, the states of one call being fed to the next.
+
+    Raises:
+        ParityFailed: a state output is missing or did not grow as its spec says.
+        UsageError: the graph has an input that the driver cannot fill.
+    """
+    batch = len(scenario.prompts)
+    rows = [np.asarray(row, dtype=np.int64) for row in scenario.rows]
+    states: dict[str, Array] = {}
+    history = np.full((batch, 0), PAD, dtype=np.int64)
+    for number, call in enumerate(calls(scenario)):
+        if call.fresh:
+            states = {spec.input: _empty(spec, batch) for spec in io.states}
+            history = history[:, :0]
+        history = np.concatenate([history, call.index], axis=1)
+        tokens = np.stack([np.where(index == PAD, io.pad_id, row[index]) for row, index in zip(rows, call.index, strict=True)])
+        plain = _plain_inputs(io, tokens, history, number)
+        outputs = session(io.graph, {**plain, **states})
+        keep = int(plain["num_logits_to_keep"]) if "num_logits_to_keep" in plain else None
+        answer = Answer(number, call.index, history, call.beyond, keep, outputs)
+        yield answer
+        states = {spec.input: state_of(answer, spec) for spec in io.states}
+
+
+def _plain_inputs(io: ModelIO, tokens: NDArray[np.int64], history: NDArray[np.int64], number: int) -> dict[str, Array]:
+    """Return the inputs that are no states; a graph may lack some of them."""
+    names = {spec.name for spec in io.inputs} - {spec.input for spec in io.states}
+    if unknown := sorted(names - set(PLAIN_INPUTS)):
+        raise UsageError("the parity gate cannot fill these inputs of the graph", unknown, "give them a rule in calque/validation/drive.py")
+    mask = (history != PAD).astype(np.int64)
+    positions = np.clip(np.cumsum(mask, axis=1) - 1, 0, None)[:, -tokens.shape[1] :]
+    everything: dict[str, Array] = {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "position_ids": np.ascontiguousarray(positions),
+        # 0 keeps all; pieces of a prompt and every other step ask for the last one alone.
+        "num_logits_to_keep": np.array(number % 2, dtype=np.int64),
+    }
+    return {name: array for name, array in everything.items() if name in names}
+
+
+def _empty(spec: StateSpec, batch: int) -> Array:
+    """Return the state before the first token: nothing along the axis that grows, zeros where it does not."""
+    dims = {"batch_size": batch, "past_sequence_length": 0}
+    shape = [dims[size] if isinstance(size, str) else size for size in spec.shape]
+    return np.zeros(shape, dtype=numpy_dtype(spec.dtype))
+
+
+def numpy_dtype(name: str) -> np.dtype[np.generic]:
+    """Return the dtype of that name; bfloat16 is ml_dtypes'."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        bfloat16: np.dtype[np.generic] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
+    return np.dtype(name)
+
+
+def state_of(answer: Answer, spec: StateSpec) -> Array:
+    """Return the state after the call.
+
+    Raises:
+        ParityFailed: it is missing, or did not grow to the slots the call has filled.
+    """
+    if spec.output not in answer.outputs:
+        raise ParityFailed(f"output {spec.output} is missing")
+    state = answer.outputs[spec.output]
+    slots = answer.history.shape[1]
+    if spec.update == "append" and spec.grow_axis is not None:
+        length = state.shape[spec.grow_axis] if state.ndim == len(spec.shape) else None
+        if length != slots:
+            raise ParityFailed(f"{spec.output} has shape {list(state.shape)}, {slots} slots expected along axis {spec.grow_axis}")
+    return state
+
+
+def reached(answer: Answer) -> Iterator[Reached]:
+    """Yield the logits at valid positions, row by row; a graph may give those of all columns or of the last ones.
+
+    Raises:
+        ParityFailed: ``logits`` is missing or has the wrong shape.
+    """
+    batch, width = answer.index.shape
+    logits = answer.outputs.get("logits")
+    if logits is None:
+        raise ParityFailed("output logits is missing")
+    allowed = {None: (width, 1), 0: (width,)}.get(answer.keep, (answer.keep,))
+    if logits.ndim != 3 or logits.shape[0] != batch or logits.shape[1] not in allowed:
+        sizes = " or ".join(str(size) for size in sorted(set(allowed), key=str))
+        raise ParityFailed(f"logits has shape {list(logits.shape)}, [{batch}, {sizes}, vocabulary] expected")
+    kept = logits.shape[1]
+    for row in range(batch):
+        index = answer.index[row, width - kept :]
+        valid = np.flatnonzero(index != PAD)
+        if len(valid):
+            # A view where nothing is dropped: one row's logits may be hundreds of megabytes.
+            values = logits[row] if len(valid) == kept else logits[row, valid[0] : valid[-1] + 1]
+            yield Reached(answer.number, row, index[valid], answer.beyond[row], values)

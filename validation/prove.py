@@ -1,0 +1,73 @@
+"""The verdict on an artifact: every scenario run, every failure a line, the worst figure in the manifest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from calque.artifact import NOT_RUN, Artifact, Check, Proof
+from calque.validation.compare import SESSION_FAILED, Row, compare
+from calque.validation.drive import ModelIO
+
+if TYPE_CHECKING:
+    from calque.session import Session
+    from calque.validation.reference import Reference
+    from calque.validation.scenarios import Scenario
+
+# The worst figure of a run that agrees exactly; no smaller one is worth a digit in the manifest.
+FLOOR = 1e-9
+
+
+def prove(
+    artifact: Artifact,
+    session: Session,
+    scenarios: Sequence[Scenario],
+    references: Mapping[str, Reference],
+    progress: Callable[[Row], None] | None = None,
+) -> tuple[Proof, list[Row]]:
+    """Return the proof and one row a scenario; ``progress`` is called with each row as it is done."""
+    io = ModelIO.of(artifact)
+    rows = []
+    for scenario in scenarios:
+        rows.append(compare(session, io, scenario, references.get(scenario.name)))
+        if progress:
+            progress(rows[-1])
+    failures = tuple(f"{row['name']}: {row['reason']}" for row in rows if row["status"] == "failed")
+    return Proof(_numerics(artifact.target, rows), *_build_and_execution(artifact.target, rows), failures), rows
+
+
+def _numerics(by: str, rows: Sequence[Row]) -> Check:
+    compared = [row for row in rows if row["status"] != "not_run"]
+    failed = [row for row in rows if row["status"] == "failed"]
+    left_out = "; ".join(f"{row['name']} not run: {row['reason']}" for row in rows if row["status"] == "not_run")
+    if not any(row["positions"] for row in compared) and not failed:
+        return Check("not_run", by, left_out or "there was no scenario to run")
+    figures = [row["worst_sigma"] for row in compared if row["worst_sigma"] is not None]
+    worst = round_up(max(figures)) if figures else None
+    if failed:
+        return Check(
+            "failed", by, f"{len(failed)} of {len(compared)} scenarios failed, first {failed[0]['name']}: {failed[0]['reason']}", worst
+        )
+    return Check("passed", by, left_out or None, worst)
+
+
+def _build_and_execution(by: str, rows: Sequence[Row]) -> tuple[Check, Check]:
+    """Return the two checks that a session which answers proves by answering."""
+    if any(row["positions"] for row in rows):
+        return Check("passed", by), Check("passed", by)
+    failed = [row["reason"] for row in rows if row["status"] == "failed"]
+    if not failed:
+        return NOT_RUN, NOT_RUN
+    if all(reason.startswith(SESSION_FAILED) for reason in failed):
+        return Check("failed", by, failed[0]), NOT_RUN
+    return Check("passed", by), Check("passed", by)
+
+
+def round_up(value: float) -> float:
+    """Return the smallest of 1, 2 and 5 · 10ⁿ that is not below the value, at least 1e-9."""
+    value = max(value, FLOOR)
+    exponent = math.floor(math.log10(value)) - 1
+    # Written as decimal text and read back: 2 · 10⁻⁶ is then the double nearest to 2e-06, however it was reached.
+    ladder = [float(f"{digit}e{power}") for power in range(exponent, exponent + 4) for digit in (1, 2, 5)]
+    return next(step for step in ladder if step >= value)
