@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MASK_KINDS = ("causal", "sliding", "chunked", "bidirectional", "custom")
-
 
 def visible(key_mask: Tensor, past: int, queries: int, keys: int, kind: str, window: int) -> Tensor:
     """Return which keys each query may see, by true positions: bool [B, 1, Q, K].

@@ -6,8 +6,8 @@ parameters, inputs and outputs, so that the program's signature, the weight tabl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind, Outpu
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from calque import ops as ops  # registers torch.ops.calque
+from calque import ops  # noqa: F401  # registers torch.ops.calque
 from calque.artifact import Limits, TensorSpec
 from calque.states import StateSpec
 from calque.weights import Derived, Weight, WeightTable
@@ -41,7 +41,6 @@ class TracedModel:
     limits: Limits
     layers: int
     settled: bool = False
-    opened: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def module(self) -> GraphModule:
@@ -147,7 +146,7 @@ class TracedModel:
         entry.in_spec = pytree.tree_structure((flat_inputs, {}))
         entry.out_spec = pytree.tree_structure(tuple(range(len(self.outputs))))
 
-    def bind(self, read: Callable[[Weight], torch.Tensor] | None = None) -> list[torch.Tensor]:
+    def bind(self) -> list[torch.Tensor]:
         """Return the real tensor of every parameter, buffer and constant, in the order of the placeholders.
 
         Reads every weight: for small models and for runtimes that embed weights.
@@ -162,7 +161,7 @@ class TracedModel:
             if name in self.weights:
                 weight = self.weights[name]
                 if id(weight) not in cache:
-                    cache[id(weight)] = (read or _read)(weight)
+                    cache[id(weight)] = weight.read()
                 tensors.append(cache[id(weight)])
             else:
                 tensors.append(self.constant(name))
@@ -185,10 +184,6 @@ class TracedModel:
         program._state_dict = dict(self.program.state_dict)
         program._constants = dict(self.program.constants)
         return replace(self, program=program, weights=replace(self.weights, entries=dict(self.weights.entries)))
-
-
-def _read(weight: Weight) -> torch.Tensor:
-    return weight.read()
 
 
 def source_of(node: Node) -> tuple[str, str]:
