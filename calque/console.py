@@ -1,0 +1,164 @@
+"""What a person sees: progress while work runs, and tables of what came out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+Row = Sequence[object]
+
+
+class Progress:
+    """Shows the stage that runs: a live line on a terminal, else one plain line for each stage as it begins."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._began = self._stage_began = time.monotonic()
+        self._stage = ""
+        self._live: RichProgress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        """Begin to show."""
+        if self._stream.isatty():
+            from rich.console import Console
+            from rich.progress import Progress as RichProgress
+            from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+            self._live = RichProgress(*columns, console=Console(file=self._stream), transient=True)
+            self._live.start()
+        return self
+
+    def __call__(self, stage: str) -> None:
+        """Say that ``stage`` begins, and the one before it has ended."""
+        now = time.monotonic()
+        if self._live is None:
+            print(f"[{now - self._began:6.1f}s] {stage} …", file=self._stream, flush=True)
+        else:
+            self._end_stage(now)
+            self._task = self._live.add_task(stage, total=None)
+        self._stage, self._stage_began = stage, now
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop showing; what failed leaves no line of its own."""
+        if self._live is None:
+            return
+        if error is None:
+            self._end_stage(time.monotonic())
+        self._live.stop()
+
+    def _end_stage(self, now: float) -> None:
+        if self._live is not None and self._task is not None:
+            self._live.remove_task(self._task)
+            self._task = None
+            self._live.console.print(f"{now - self._stage_began:7.1f}s  {self._stage}", markup=False, highlight=False)
+
+
+def table(header: Row, rows: Iterable[Row]) -> str:
+    """Return the rows as aligned columns under their header; numbers stand at the right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    at_right = [all(_is_number(row[column]) for row in cells[1:]) for column in range(len(header))]
+    lines = []
+    for row in cells:
+        padded = (cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, at_right, strict=True))
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+
+
+def _is_number(cell: str) -> bool:
+    return not cell or cell == "–" or cell[0].isdigit()
+
+
+def size(count: float | None) -> str:
+    """Return a number of bytes as people read it: ``11.8 MB``."""
+    if count is None:
+        return "–"
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count == int(count) else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def parity_table(scenarios: Sequence[Mapping[str, Any]]) -> str:
+    """Return the scenarios of a report as a table; σ is the standard deviation of the reference's output."""
+    header = ("scenario", "rows", "positions", "worst |Δ|/σ", "mean |Δ|/σ", "limit", "top-1", "near ties", "seconds", "status")
+    return table(header, [_parity_row(scenario) for scenario in scenarios])
+
+
+def _parity_row(scenario: Mapping[str, Any]) -> Row:
+    def number(key: str, form: str) -> str:
+        value = scenario.get(key)
+        value = len(value) if isinstance(value, list) else value  # near ties are listed one by one
+        return "–" if value is None else format(value, form)
+
+    sigmas = [number(key, ".1e") for key in ("worst_sigma", "mean_sigma", "limit")]
+    return (
+        scenario.get("name", "?"),
+        number("rows", ""),
+        number("positions", ""),
+        *sigmas,
+        number("top1_agree", ".4f"),
+        number("near_ties", ""),
+        number("seconds", ".2f"),
+        _verdict(scenario),
+    )
+
+
+def _verdict(scenario: Mapping[str, Any]) -> str:
+    status, reason = str(scenario.get("status", "–")).replace("_", " "), scenario.get("reason")
+    return f"{status}: {reason}" if reason and status != "passed" else status
+
+
+def stage_table(stages: Sequence[Mapping[str, Any]]) -> str:
+    """Return the stages of a report as a table."""
+    rows = [(stage.get("name", "?"), f"{stage.get('seconds') or 0:.1f}", size(stage.get("peak_rss_bytes"))) for stage in stages]
+    return table(("stage", "seconds", "peak memory"), rows)
+
+
+def report_text(report: Mapping[str, Any]) -> str:
+    """Return the tables of a report.json that has them."""
+    parts = []
+    if report.get("scenarios"):
+        parts.append(parity_table(report["scenarios"]))
+    if report.get("stages"):
+        parts.append(stage_table(report["stages"]))
+    return "\n\n".join(parts)
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """Return a plan as text: what is known first, then every problem with its place and its fix."""
+    rows = [(key.replace("_bytes", "").replace("_", " "), _plan_value(key, value)) for key, value in plan.items() if key != "problems"]
+    width = max((len(label) for label, _ in rows), default=0)
+    lines = [f"{label.ljust(width)}  {value}" for label, value in rows]
+    problems = plan.get("problems") or []
+    lines.append(f"{'problems'.ljust(width)}  {len(problems) or 'none'}")
+    lines += [f"  {_problem(problem)}" for problem in problems]
+    return "\n".join(lines)
+
+
+def _plan_value(key: str, value: object) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return size(value) if "bytes" in key else f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plan_value(key, item)}" for name, item in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(str(item) for item in value) or "none"
+    return str(value)
+
+
+def _problem(problem: Mapping[str, Any]) -> str:
+    place = " · ".join(str(problem[key]) for key in ("node", "module", "source") if problem.get(key))
+    why = f": {problem['why']}" if problem.get("why") else ""
+    fix = f"; {problem['fix']}" if problem.get("fix") else ""
+    return f"{place}{why}{fix}"

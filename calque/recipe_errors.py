@@ -1,0 +1,112 @@
+"""Turns what pydantic found wrong with a recipe into lines a person can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from calque.errors import RecipeError
+from calque.strict_yaml import Document, Location
+from calque.suggest import nearest
+
+_WORDING = {
+    "string_type": "must be text; put it in quotes",
+    "int_type": "must be a whole number",
+    "bool_type": "must be true or false",
+    "dict_type": "must be a mapping of keys to values",
+    "model_type": "must be a mapping of keys to values",
+    "model_attributes_type": "must be a mapping of keys to values",
+    "tuple_type": "must be a list",
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
+}
+
+
+def recipe_error(problems: Sequence[str], origin: str) -> RecipeError:
+    """Return the error that lists every problem found in ``origin``."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return RecipeError(f"{count} in {origin}", problems, "docs/recipes.md lists every key")
+
+
+def problems_of(error: ValidationError, model: type[BaseModel], document: Document, flags: Mapping[str, Any]) -> list[str]:
+    """Return one line for each problem, in the order of the file's lines; flags and missing keys come last."""
+    found: dict[tuple[float, str], str] = {}
+    for detail in error.errors(include_url=False):
+        if _follows_from_another(detail):
+            continue
+        at = _known_part(detail["loc"], model)
+        if detail["type"] == "missing" and isinstance(at[-1], int):
+            at = at[:-1]
+        # The branches of a union each complain about one value: one line for it, holding the first complaint.
+        key = _dotted(at)
+        if detail["type"] == "missing" and at == detail["loc"]:
+            found.setdefault((float("inf"), key), f"{key}: is missing, and there is no default")
+        elif at and at[0] in flags:
+            found.setdefault((float("inf"), key), f"{key}: {_message(detail, model)}")
+        else:
+            line = document.line(at)
+            prefix = f"line {line}: " if document.lines else ""
+            found.setdefault((line, key), f"{prefix}{key}: {_message(detail, model)}" if key else f"{prefix}{_message(detail, model)}")
+    return [text for _, text in sorted(found.items(), key=lambda item: item[0][0])]
+
+
+def _follows_from_another(detail: ErrorDetails) -> bool:
+    """Return whether pydantic says this only because something else is wrong: a default it could not work out, items it dropped."""
+    return detail["type"] == "default_factory_not_called" or (detail["type"] == "too_short" and bool(detail["input"]))
+
+
+def _message(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    kind, value = detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        return "is not a key of a recipe" + nearest(str(detail["loc"][-1]), _keys_at(detail["loc"][:-1], model))
+    if kind == "literal_error":
+        expected = detail["ctx"]["expected"].replace("'", "")
+        return f"must be {expected}; found {value!r}" + nearest(str(value), expected.replace(" or ", ", ").split(", "))
+    if kind == "value_error":
+        return detail["msg"].removeprefix("Value error, ")
+    if kind in ("missing", "too_long") and isinstance(value, list | tuple):
+        # Among recipe keys only the ranges have a fixed length.
+        return f"must be three whole numbers, min, typical, max; found {list(value)!r}"
+    wording = _WORDING.get(kind) or detail["msg"][:1].lower() + detail["msg"][1:]
+    return f"{wording}; found {value!r}"
+
+
+def _fields(model: type[BaseModel]) -> dict[str, Any]:
+    return {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """Return the settings class that a field holds, optional or not."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _keys_at(location: Location, model: type[BaseModel]) -> list[str]:
+    current: type[BaseModel] | None = model
+    for part in location:
+        current = _section(_fields(current).get(str(part))) if current else None
+    return list(_fields(current)) if current else []
+
+
+def _known_part(location: Location, model: type[BaseModel]) -> Location:
+    """Return the location without pydantic's names of union branches, which no file holds."""
+    current: type[BaseModel] | None = model
+    kept: list[str | int] = []
+    for index, part in enumerate(location):
+        is_key = current is not None and (part in _fields(current) or index == len(location) - 1)
+        if isinstance(part, int) or is_key:
+            kept.append(part)
+        current = _section(_fields(current).get(str(part))) if current and isinstance(part, str) else None
+    return tuple(kept)
+
+
+def _dotted(location: Location) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text

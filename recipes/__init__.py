@@ -1,0 +1,1 @@
+"""Ready-made recipes, ``<model>-<target>-<precision>.yaml``: data files, no code."""
