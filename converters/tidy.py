@@ -8,6 +8,9 @@
     before  to(x, dtype)  to(x, device, dtype)  type_as(x, y)      a & b on bool
     after   _to_copy(x, dtype=…)                               logical_and(a, b)
 
+    before  view(x, shape)
+    after   reshape(x, shape)
+
 Shapes and values are those of before; views that differ in strides alone are one to every target.
 """
 
@@ -61,6 +64,9 @@ def tidy(model: TracedModel) -> int:
         elif node.target in CASTS and node.target is not aten._to_copy.default:
             _as_plain_cast(model, node)
             count += 1
+        elif node.target is aten.view.default:
+            # A view of what was contiguous before a copy went; reshape is view wherever view was right.
+            node.target = aten.reshape.default
         elif node.target in LOGICAL and node.meta["val"].dtype == torch.bool:
             node.target = LOGICAL[node.target]
             count += 1

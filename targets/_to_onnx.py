@@ -20,6 +20,7 @@ import torch
 from onnxscript import opset23 as op
 from torch.fx import Node
 
+from calque.errors import Unsupported
 from calque.targets import Problem
 from calque.traced import TracedModel, source_of
 from calque.weights import Weight, torch_dtype_name
@@ -114,8 +115,9 @@ def to_onnx(model: TracedModel, table: Table = STANDARD) -> ir.Model:
     """Return the graph as an ONNX model with the names of ``model.inputs`` and ``outputs``; weights are read when written."""
     program = model.program
     if untranslated(program, table):
-        program = _decomposed(program, table)
-    with _quiet(), _as_it_is(program):
+        with _explained(model):
+            program = _decomposed(program, table)
+    with _quiet(), _as_it_is(program), _explained(model):
         exported = torch.onnx.export(
             program, args=(), custom_translation_table=dict(table), dynamo=True, opset_version=OPSET, optimize=False, verbose=False
         )  # fmt: skip
@@ -125,6 +127,26 @@ def to_onnx(model: TracedModel, table: Table = STANDARD) -> ir.Model:
     _name(lowered, model)
     _simplify(lowered)
     return lowered
+
+
+@contextmanager
+def _explained(model: TracedModel) -> Iterator[None]:
+    """Turn a failed translation into an error that names the node, its module and its source line."""
+    from torch.onnx.errors import OnnxExporterError
+
+    try:
+        yield
+    except OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        text = f"{error}\n{error.__cause__ or ''}"
+        nodes = [node for node in model.graph.nodes if node.op == "call_function" and f"%{node.name} :" in text]
+        where = [f"{node.name} ({node.target}) in {' '.join(part for part in source_of(node) if part)}" for node in nodes]
+        first = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        raise Unsupported(
+            "torch.onnx cannot translate the graph", [*where, first], "the model uses what ONNX has no operator for"
+        ) from error
 
 
 def _decomposed(program: ExportedProgram, table: Table) -> ExportedProgram:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,10 +138,27 @@ def _forward_pool(load_eager: Callable[[], torch.nn.Module], pool: Mapping[Key, 
     return tables
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Make torch compute on one thread inside the block.
+
+    How work is cut over threads changes the last bits of sums, so the reference would differ between machines; and once
+    in a few dozen runs one of two threads was seen to compute its half of a row 1e-4 σ away from all other runs.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _eager_logits(model: torch.nn.Module, tokens: Sequence[int]) -> NDArray[np.float32]:
     import torch
 
-    with torch.inference_mode():
+    with torch.inference_mode(), one_thread():
         logits = model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
         array: NDArray[np.float32] = logits.float().numpy()
     return array
