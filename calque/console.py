@@ -149,7 +149,7 @@ def _plan_value(key: str, value: object) -> str:
     if value is None:
         return "–"
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return size(value) if "bytes" in key else f"{value:,}"
+        return size(value) if "bytes" in key else f"{value:,.0f}"
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_plan_value(key, item)}" for name, item in value.items()) or "none"
     if isinstance(value, list | tuple):

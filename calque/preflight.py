@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ NODE_BYTES = 40 << 10
 # Tokenizer, config, graph and references beside the weights.
 COMPANION_BYTES = 16 << 20
 FP32 = 4
+BANDWIDTH_BYTES = 256 << 20
 
 
 def require_disk(source: ModelSource, folder: Path) -> None:
@@ -38,21 +40,37 @@ def require_disk(source: ModelSource, folder: Path) -> None:
 
 
 def sizes(model: TracedModel) -> dict[str, Any]:
-    """Return parameters and bytes: weights, artifact, disk, predicted peak memory, and weights read per decoded token."""
+    """Return parameters and bytes: weights, artifact, disk, predicted peak memory; and how fast decoding can be at best."""
     unique = {id(weight): (name, weight) for name, weight in model.weights.entries.items()}.values()
     elements = {name: math.prod(weight.shape) for name, weight in unique}
     weights = model.weights.nbytes()
     largest = max(elements.values(), default=0) * FP32
     # Converting holds one tensor, its cast and its transpose; proving holds the eager model, then the runtime's copy.
     converting = TOOLS_BYTES + NODE_BYTES * len(model.graph.nodes) + 3 * largest
+    per_token = weights - _looked_up(model)
     return {
         "parameters": sum(elements.values()),
         "weights_bytes": weights,
         "artifact_bytes": weights + COMPANION_BYTES,
         "disk_bytes": weights + COMPANION_BYTES,
         "peak_memory_bytes": {"convert": converting, "prove": TOOLS_BYTES + 2 * weights},
-        "decode_bytes_per_token": weights - _looked_up(model),
+        "decode_bytes_per_token": per_token,
+        # Every weight is read once for each token, so no runtime on this machine decodes one sequence faster.
+        "decode_tokens_per_s_at_best": round(bandwidth() / per_token, 1),
     }
+
+
+def bandwidth() -> float:
+    """Return the bytes per second at which this machine reads memory, measured now on a block larger than its caches."""
+    import torch
+
+    block = torch.ones(BANDWIDTH_BYTES // FP32)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        block.sum()
+        best = min(best, time.perf_counter() - start)
+    return BANDWIDTH_BYTES / best
 
 
 def _looked_up(model: TracedModel) -> int:

@@ -215,8 +215,6 @@ class Recipe(_Settings):
 def unbuilt_settings(recipe: Recipe) -> list[str]:
     """Return one line for each setting that the schema knows and this version cannot follow."""
     lines = []
-    if recipe.precision != "fp32":
-        lines.append(f"precision: {recipe.precision}  only fp32 is built")
     if recipe.calibration is not None:
         lines.append("calibration  no precision that needs it is built")
     if recipe.max_memory is not None:
