@@ -180,7 +180,10 @@ class TracedModel:
         program = copy.copy(self.program)
         program._graph_module = copy.deepcopy(self.module)
         program._graph_signature = copy.deepcopy(self.program.graph_signature)
-        program._module_call_graph = copy.deepcopy(self.program.module_call_graph)
+        # Shallow: only the specs of the first entry's signature are ever assigned, and specs themselves never change.
+        entries = [copy.copy(entry) for entry in self.program.module_call_graph]
+        entries[0].signature = copy.copy(entries[0].signature)
+        program._module_call_graph = entries
         program._state_dict = dict(self.program.state_dict)
         program._constants = dict(self.program.constants)
         return replace(self, program=program, weights=replace(self.weights, entries=dict(self.weights.entries)))

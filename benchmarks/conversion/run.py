@@ -1,0 +1,147 @@
+"""Converts one checkpoint with Calque and with two peers in turn and prints what each took, with ratios.
+
+``python -m benchmarks.conversion.run [--shapes S] [--repeat N] [--work DIR]``, from the repository root. The first run
+makes the checkpoint and the peers' environments; they are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.conversion import checkpoint
+from benchmarks.conversion.environments import versions
+from benchmarks.conversion.measure import measure
+from benchmarks.conversion.records import Record, record
+from benchmarks.conversion.shapes import SHAPES
+from benchmarks.conversion.tables import figures, markdown, ratios, rows
+from benchmarks.conversion.tools import Tool, environment, tools
+
+ROOT = Path(__file__).parents[2]
+WARM_UP = "XS"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print and write the results; 1 where a tool failed."""
+    args = parse(arguments)
+    # absolute(), not resolve(): an environment's interpreter is a link, and what it links to is outside the environment.
+    work, python = args.work.absolute(), args.calque_python.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "logs").mkdir(exist_ok=True)
+    chosen = tools(work, python)
+    for shape in dict.fromkeys((WARM_UP, *args.shapes)):
+        prepare(shape, work, python)
+    if not args.no_warm_up:
+        for tool in chosen:
+            convert(tool, WARM_UP, work, "warm-up")
+    measured = {shape: rounds(chosen, shape, args.repeat, work) for shape in args.shapes}
+    report(args, chosen, measured)
+    return int(any(run.exit_code for runs in measured.values() for run in runs))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion.run", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["S"], help="S is SmolLM2-135M; XS only tries every tool")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="rounds, in each of which every tool converts once")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "build" / "conversion", metavar="DIR", help="for checkpoints, environments, outputs"
+    )
+    parser.add_argument(
+        "--calque-python", type=Path, default=Path(sys.executable), metavar="FILE", help="interpreter that has calque[convert]"
+    )
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent, metavar="DIR", help="where results.json and .md go")
+    parser.add_argument("--no-warm-up", action="store_true", help="measure the first conversion of each tool as well")
+    args = parser.parse_args(arguments)
+    if args.repeat < 1:
+        parser.error("--repeat must be 1 or more")
+    return args
+
+
+def prepare(name: str, work: Path, python: Path) -> None:
+    """The checkpoint of the shape is in the work folder."""
+    folder = work / f"model-{name}"
+    if not checkpoint.is_written(SHAPES[name], folder):
+        command = [str(python), "-m", "benchmarks.conversion.checkpoint", name, str(folder)]
+        subprocess.run(command, check=True, cwd=ROOT)
+
+
+def rounds(chosen: Sequence[Tool], shape: str, repeat: int, work: Path) -> list[Record]:
+    """Return the records of every round: each tool once in each, one after another, so that a slow minute meets all."""
+    return [convert(tool, shape, work, f"round {number} of {repeat}") for number in range(1, repeat + 1) for tool in chosen]
+
+
+def convert(tool: Tool, shape: str, work: Path, label: str) -> Record:
+    """Return the record of one conversion, begun with no earlier output in its way and the checkpoint in the page cache."""
+    model, out = work / f"model-{shape}", work / f"out-{shape}-{tool.slug}"
+    log = work / "logs" / f"{shape}-{tool.slug}-{label.split(' of ')[0].replace(' ', '-')}.txt"
+    # Calque leaves a failed artifact beside its output.
+    for old in (out, out.with_name(out.name + ".rejected")):
+        shutil.rmtree(old, ignore_errors=True)
+    for file in sorted(model.iterdir()):
+        subprocess.run(["cat", file], check=True, stdout=subprocess.DEVNULL)
+    command = tool.command(model, out, work / "genai-cache")
+    taken = record(tool.name, measure(command, log, environment(work), work, tool.mark), out)
+    print(
+        f"{shape} {label}, {tool.name}: exit {taken.exit_code}, {taken.whole.wall_s:.1f} s wall, {taken.whole.cpu_s:.1f} s CPU, "
+        f"{taken.whole.peak_rss_bytes / 1e6:,.0f} MB; everything else on the machine: {taken.others_cpu_s:.1f} s CPU",
+        file=sys.stderr,
+        flush=True,
+    )
+    if taken.exit_code:
+        print("\n".join(log.read_text(errors="replace").splitlines()[-5:]), file=sys.stderr)
+    return taken
+
+
+def report(args: argparse.Namespace, chosen: Sequence[Tool], measured: dict[str, list[Record]]) -> None:
+    """Print the tables; results.json and results.md hold them, and no path or name of this machine."""
+    results: dict[str, Any] = {
+        "schema": 1,
+        "command": shown_command(args),
+        "machine": machine(),
+        "tools": {tool.name: {"command": tool.shown, "versions": versions(tool.python)} for tool in chosen},
+        "shapes": {},
+    }
+    tables = []
+    for name, runs in measured.items():
+        found, shape = rows(runs), SHAPES[name]
+        results["shapes"][name] = {
+            "shape": asdict(shape),
+            "medians": [asdict(row) for row in found],
+            "runs": [run.as_json() for run in runs],
+        }
+        tables.append(f"## {name}: {shape.description}, {args.repeat} × interleaved\n\n{figures(found)}\n\n{ratios(found)}\n")
+    text = markdown(results, tables)
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (args.results / "results.md").write_text(text, encoding="utf-8")
+    print("\n".join(tables))
+
+
+def shown_command(args: argparse.Namespace) -> str:
+    """Return the command that measures the same again; folders do not change what is measured and are left out."""
+    warm = " --no-warm-up" if args.no_warm_up else ""
+    return f"python -m benchmarks.conversion.run --shapes {' '.join(args.shapes)} --repeat {args.repeat}{warm}"
+
+
+def machine() -> dict[str, Any]:
+    """Return what of this machine matters to the figures."""
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    cpu = next((line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")), platform.machine())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    system = platform.freedesktop_os_release().get("PRETTY_NAME", "Linux")
+    kernel = ".".join(platform.release().split("-")[0].split(".")[:2])
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "ram_gb": round(memory / 1e9), "os": system, "kernel": kernel}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

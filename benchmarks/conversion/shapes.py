@@ -1,0 +1,91 @@
+"""Shapes of the checkpoints that are converted: configurations of Llama, without weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama checkpoint with tied embeddings."""
+
+    description: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    max_position: int
+    rope_theta: float
+
+    @property
+    def head_dim(self) -> int:
+        """Return the width of one attention head."""
+        return self.hidden // self.heads
+
+    def config(self) -> dict[str, Any]:
+        """Return config.json in the keys that transformers 4 and 5 both read; the token ids are those of quill's tokenizer."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden,
+            "initializer_range": self.deviation,
+            "intermediate_size": self.intermediate,
+            "max_position_embeddings": self.max_position,
+            "mlp_bias": False,
+            "num_attention_heads": self.heads,
+            "num_hidden_layers": self.layers,
+            "num_key_value_heads": self.kv_heads,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "rope_theta": self.rope_theta,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+            "vocab_size": self.vocabulary,
+        }
+
+    @property
+    def deviation(self) -> float:
+        """Return the standard deviation of the random weights: what SmolLM2 begins from, 1/sqrt(hidden)."""
+        return round(math.sqrt(1 / self.hidden), 6)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor by the name transformers gives it; the tied lm_head is not stored."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocabulary, self.hidden),
+            "model.norm.weight": (self.hidden,),
+        }
+        keys = self.kv_heads * self.head_dim
+        for layer in range(self.layers):
+            for name, shape in {
+                "input_layernorm": (self.hidden,),
+                "post_attention_layernorm": (self.hidden,),
+                "self_attn.q_proj": (self.hidden, self.hidden),
+                "self_attn.k_proj": (keys, self.hidden),
+                "self_attn.v_proj": (keys, self.hidden),
+                "self_attn.o_proj": (self.hidden, self.hidden),
+                "mlp.gate_proj": (self.intermediate, self.hidden),
+                "mlp.up_proj": (self.intermediate, self.hidden),
+                "mlp.down_proj": (self.hidden, self.intermediate),
+            }.items():
+                shapes[f"model.layers.{layer}.{name}.weight"] = shape
+        return shapes
+
+
+# S: https://huggingface.co/HuggingFaceTB/SmolLM2-135M, config.json. XS only tries whether every tool works.
+SHAPES = {
+    "S": Shape("Llama, SmolLM2-135M", 30, 576, 1536, 9, 3, 49152, 8192, 100000.0),
+    "XS": Shape("Llama, two small layers", 2, 64, 128, 4, 2, 4096, 1024, 10000.0),
+}
