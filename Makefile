@@ -9,7 +9,7 @@ STAMP := $(VENV)/.calque-setup
 DEMO := build/quill-onnxruntime-fp32
 PROMPT := The function returns
 
-.PHONY: setup check test demo
+.PHONY: setup check test demo quill
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -33,3 +33,7 @@ test: setup
 demo: setup
 	$(BIN)/calque convert --target onnxruntime builtin:quill -o $(DEMO) --force
 	$(BIN)/calque generate $(DEMO) -p "$(PROMPT)" --max-new-tokens 24
+
+# Trains the built-in model anew, from nothing but the package index: most of an hour on one core.
+quill: setup
+	$(BIN)/python -m benchmarks.quill.train --work build/quill --out calque/models/quill
