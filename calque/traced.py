@@ -123,14 +123,16 @@ class TracedModel:
         return len(unused)
 
     def finish_rewrite(self) -> None:
-        """Leave a graph without dead nodes, linted and recompiled, whose signature names its own nodes.
+        """Leave a graph without dead nodes, linted, whose signature names its own nodes.
+
+        The module's code is left as it was: everything here runs or translates the graph, and writing code takes longer
+        than most passes. Who calls the module recompiles it.
 
         Raises:
             AssertionError: a pass left signature and graph apart.
         """
         self.graph.eliminate_dead_code()
         self.graph.lint()
-        self.module.recompile()
         signature = self.program.graph_signature
         placeholders = [node.name for node in self.graph.nodes if node.op == "placeholder"]
         assert placeholders == [spec.arg.name for spec in signature.input_specs], "inputs and signature differ"

@@ -48,8 +48,7 @@ def card(record: dict[str, Any]) -> str:
     """Return the model card as Markdown."""
     quoted = record["corpus"]["heldout_txt_bytes_by_package"]
     rows = [
-        f"| {item['name']} | {item['version']} | {item['licence']} | {_bytes(quoted.get(item['name']))} |"
-        for item in record["packages"]
+        f"| {item['name']} | {item['version']} | {item['licence']} | {_bytes(quoted.get(item['name']))} |" for item in record["packages"]
     ]
     parts = [_HEAD, _facts(record), _quality(record), _PROTOCOL, _samples(record), _TAIL + "\n".join(rows) + "\n"]
     return "\n".join(parts)

@@ -17,16 +17,52 @@ SKIPPED_FOLDERS = frozenset(
     {"tests", "test", "testing", "_vendor", "vendor", "vendored", "_vendored", "externals", "extern", "ext_lib"}
     | {"idlelib", "lib2to3", "turtledemo", "site-packages", "locale", "_lib", "_distutils", "node_modules", "themes"}
 )
-SKIPPED_NAMES = re.compile(
-    r"changes|changelog|release|whats_?new|whatsnew|news|history|authors|licen[cs]e|requirements"
-)
+SKIPPED_NAMES = re.compile(r"changes|changelog|release|whats_?new|whatsnew|news|history|authors|licen[cs]e|requirements")
 MARKUP = re.compile(r"\s*(\.\. _|:[a-z-]+:\s|\.\. (index|image|figure|include|raw|toctree|currentmodule)::|!\[|<)")
 BUILTIN_MODULES = (
-    "builtins", "itertools", "math", "cmath", "time", "sys", "_collections", "functools", "operator", "array",
-    "zlib", "binascii", "select", "errno", "_datetime", "_decimal", "_io", "_random", "_socket", "_sqlite3",
-    "_struct", "_csv", "_json", "_hashlib", "posix", "signal", "gc", "marshal", "unicodedata", "_thread",
-    "_asyncio", "_queue", "_bisect", "_heapq", "_pickle", "_elementtree", "pyexpat", "_ssl", "mmap", "resource",
-    "fcntl", "termios", "faulthandler"
+    "builtins",
+    "itertools",
+    "math",
+    "cmath",
+    "time",
+    "sys",
+    "_collections",
+    "functools",
+    "operator",
+    "array",
+    "zlib",
+    "binascii",
+    "select",
+    "errno",
+    "_datetime",
+    "_decimal",
+    "_io",
+    "_random",
+    "_socket",
+    "_sqlite3",
+    "_struct",
+    "_csv",
+    "_json",
+    "_hashlib",
+    "posix",
+    "signal",
+    "gc",
+    "marshal",
+    "unicodedata",
+    "_thread",
+    "_asyncio",
+    "_queue",
+    "_bisect",
+    "_heapq",
+    "_pickle",
+    "_elementtree",
+    "pyexpat",
+    "_ssl",
+    "mmap",
+    "resource",
+    "fcntl",
+    "termios",
+    "faulthandler",
 )
 
 

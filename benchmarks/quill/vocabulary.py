@@ -41,9 +41,7 @@ def learn(texts: Sequence[str], every: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts[::every], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BEGIN)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BEGIN)])
     return tokenizer
 
 
