@@ -16,6 +16,8 @@ Shapes and values are those of before; views that differ in strides alone are on
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch.fx import Node
 
@@ -83,7 +85,9 @@ def functionalize(model: TracedModel) -> int:
     """
     mutating = [node for node in model.graph.nodes if _mutates(node)]
     if not all(_unviewed(node) for node in mutating):
-        model.program = model.program.run_decompositions({})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, about a class of its own
+            model.program = model.program.run_decompositions({})
         return len(mutating)
     order = {node: place for place, node in enumerate(model.graph.nodes)}
     for node in mutating:

@@ -99,7 +99,10 @@ def _match(model: PreTrainedModel, tensors: Mapping[str, Stored], state: Mapping
             groups.setdefault(name, _Conversion(by_pattern[pattern])).parts.append((pattern, tensors[key]))
             keys.setdefault(name, []).append(key)
     for name, group in groups.items():
-        entries.update(_derived(name, group, keys[name], model))
+        try:
+            entries.update(_derived(name, group, keys[name], model))
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            unused += keys[name]  # a part is missing or misshapen: the ledger lists what is left over
     return entries, unused
 
 

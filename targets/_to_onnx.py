@@ -101,21 +101,20 @@ def untranslated(program: ExportedProgram, table: Table) -> list[Node]:
 
 
 def problems(model: TracedModel, table: Table) -> list[Problem]:
-    """Return the nodes that have neither a translation nor a decomposition."""
-    found = []
-    for node in untranslated(model.program, table):
-        namespace = node.target.namespace  # type: ignore[union-attr]
-        if namespace != "aten":
-            module, source = source_of(node)
-            found.append(Problem(node.name, module, source, f"{node.target} has no ONNX translation", "use a model without it"))
-    return found
+    """Return the nodes that have neither a translation nor a decomposition into what has one."""
+    program = model.program
+    missing = untranslated(program, table)
+    if missing and all(node.target.namespace == "aten" for node in missing):  # type: ignore[union-attr]
+        with _quiet(), _explained(model):
+            missing = untranslated(_decomposed(program, table), table)
+    return [Problem(node.name, *source_of(node), f"{node.target} has no ONNX translation", "use a model without it") for node in missing]
 
 
 def to_onnx(model: TracedModel, table: Table = STANDARD) -> ir.Model:
     """Return the graph as an ONNX model with the names of ``model.inputs`` and ``outputs``; weights are read when written."""
     program = model.program
     if untranslated(program, table):
-        with _explained(model):
+        with _quiet(), _explained(model):
             program = _decomposed(program, table)
     with _quiet(), _as_it_is(program), _explained(model):
         exported = torch.onnx.export(

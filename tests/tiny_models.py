@@ -6,7 +6,6 @@ import atexit
 import math
 import shutil
 import tempfile
-import warnings
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -153,10 +152,7 @@ def shared_trace(tiny_name: str) -> TracedModel:
 
 def traced(tiny_name: str) -> TracedModel:
     """A trace of its own to rewrite; tracing itself happens once a process."""
-    with warnings.catch_warnings():
-        # Until TracedModel.copy leaves torch's pytree specs uncopied; tests/calque/test_traced.py says when.
-        warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
-        return shared_trace(tiny_name).copy()
+    return shared_trace(tiny_name).copy()
 
 
 def prompt(model: TracedModel, length: int = 5) -> dict[str, NDArray[Any]]:

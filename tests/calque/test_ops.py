@@ -77,9 +77,7 @@ def test_causality_is_lower_right_where_there_is_no_mask() -> None:
 def test_every_key_is_seen_without_mask_and_causality() -> None:
     q, k, v = tensors()
     everything = torch.ones(BATCH, 1, QUERIES, KEYS, dtype=torch.bool)
-    assert torch.equal(
-        calque.attention(q, k, v, None, 0.5, 0.0, None, False), calque.attention(q, k, v, everything, 0.5, 0.0, None, False)
-    )
+    assert torch.equal(calque.attention(q, k, v, None, 0.5, 0.0, None, False), calque.attention(q, k, v, everything, 0.5, 0.0, None, False))
 
 
 def test_causal_hint_changes_nothing_beside_a_mask() -> None:

@@ -21,7 +21,6 @@ from tests.mutations.mutations import LONGROPE, MUTATIONS, Mutation, applicable
 from tests.mutations.traced_gate import MODELS, TracedGate, traced_gate
 
 # torch warns of its own tree specs when TracedModel.copy copies a program deeply.
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 
 # A fault that is nearer to the limit than this would pass on another machine, or tell nothing.
 LEAST_MARGIN = 5.0

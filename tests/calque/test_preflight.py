@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calque import passes, preflight
+from calque.errors import WontFit
+from calque.passes.cache_dynamic import CacheDynamic
+from calque.passes.transpose_linear import TransposeLinear
+from tests.tiny_models import source_of, traced
+
+
+def disk_with(free: int) -> Any:
+    return lambda _: shutil._ntuple_diskusage(free, 0, free)
+
+
+@pytest.fixture(autouse=True)
+def memory_of_one_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "bandwidth", lambda: 1e10)
+
+
+def elements_of(name: str) -> int:
+    return sum(math.prod(stored.shape) for stored in source_of(name).tensors.values())
+
+
+def test_disk_that_is_large_enough_is_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = elements_of("llama") * 4 + preflight.COMPANION_BYTES
+    monkeypatch.setattr(shutil, "disk_usage", disk_with(needed))
+    preflight.require_disk(source_of("llama"), tmp_path)
+
+
+def test_disk_that_is_too_small_is_refused_with_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", disk_with(1_000_000))
+    with pytest.raises(WontFit) as caught:
+        preflight.require_disk(source_of("llama"), tmp_path)
+    needed = (elements_of("llama") * 4 + preflight.COMPANION_BYTES) / 1e9
+    assert f"needs {needed:.2f} GB on disk, 0.00 GB are free where the output goes" in str(caught.value)
+    assert caught.value.exit_code == 6
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_parameters_are_counted_once_each_tied_or_not(name: str) -> None:
+    sizes = preflight.sizes(traced(name))
+    eager = source_of(name).load_eager()
+    assert sizes["parameters"] == sum(parameter.numel() for parameter in eager.parameters())
+    assert sizes["weights_bytes"] == 4 * sizes["parameters"]
+
+
+def test_sizes_do_not_change_with_passes_that_only_move_bytes() -> None:
+    plain, rewritten = traced("llama"), traced("llama")
+    passes.run([CacheDynamic(), TransposeLinear()], rewritten)
+    one, other = preflight.sizes(plain), preflight.sizes(rewritten)
+    assert {key: one[key] for key in one if key != "peak_memory_bytes"} == {key: other[key] for key in other if key != "peak_memory_bytes"}
+
+
+def test_table_that_a_token_reads_one_row_of_is_not_read_for_each_token() -> None:
+    model = traced("llama")
+    embedding = model.weights["model.embed_tokens.weight"]
+    sizes = preflight.sizes(model)
+    assert sizes["weights_bytes"] - sizes["decode_bytes_per_token"] == 4 * math.prod(embedding.shape)
+
+
+def test_tied_head_is_read_whole_for_each_token() -> None:
+    model = traced("gpt2")
+    sizes = preflight.sizes(model)
+    # The table of positions is looked up alone; the tokens' is the head as well.
+    assert sizes["weights_bytes"] - sizes["decode_bytes_per_token"] == 4 * math.prod(model.weights["transformer.wpe.weight"].shape)
+
+
+def test_decoding_is_bounded_by_reading_every_weight_once_a_token() -> None:
+    sizes = preflight.sizes(traced("llama"))
+    assert sizes["decode_tokens_per_s_at_best"] == round(1e10 / sizes["decode_bytes_per_token"], 1)
+
+
+def test_memory_for_converting_does_not_hold_the_model() -> None:
+    sizes = preflight.sizes(traced("llama"))
+    memory = sizes["peak_memory_bytes"]
+    assert memory["convert"] > preflight.TOOLS_BYTES
+    assert memory["prove"] == preflight.TOOLS_BYTES + 2 * sizes["weights_bytes"]

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from calque.converters import DEFAULT_TASK, causal_lm, infer_task, load
+from calque.errors import Unsupported
+from tests.tiny_models import TYPES, answers, config_of, prompt, source_of, traced
+
+NAMES = ["llama", "qwen3_moe", "gemma2", "gpt_oss", "gpt2", "bloom"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trace_agrees_with_eager_on_a_left_padded_batch_it_was_not_traced_at(name: str) -> None:
+    model = traced(name)
+    inputs = prompt(model, 11)
+    inputs["attention_mask"][0, :4] = 0
+    inputs["position_ids"][0] = (inputs["attention_mask"][0].cumsum() - 1).clip(0)
+    got = answers(model, inputs)["logits"]
+    eager = source_of(name).load_eager()
+    with torch.inference_mode():
+        for row, padding in ((0, 4), (1, 0)):
+            expected = eager(input_ids=torch.from_numpy(inputs["input_ids"][row : row + 1, padding:])).logits[0].numpy()
+            assert abs(got[row, padding:] - expected).max() < 2e-5 * expected.std()
+
+
+@pytest.mark.parametrize(
+    ("name", "windows"), [("gemma2", [8, None]), ("gemma3_text", [8, None, 8]), ("mistral", [8, 8]), ("llama", [None, None])]
+)
+def test_states_know_the_window_of_their_layer(name: str, windows: list[int | None]) -> None:
+    states = traced(name).states
+    assert [state.window for state in states if state.kind == "key"] == windows
+    assert [state.window for state in states if state.kind == "value"] == windows
+
+
+@pytest.mark.parametrize(("name", "length"), [("gpt2", 64), ("llama", None), ("bloom", None)])
+def test_length_is_limited_where_a_table_of_learned_positions_ends(name: str, length: int | None) -> None:
+    assert traced(name).limits.max_length == length
+
+
+def test_longrope_limits_where_a_cache_may_be_continued() -> None:
+    assert traced("phi3-longrope").limits.recompute_at == 32
+
+
+def test_dimensions_are_symbols_that_total_ties_together() -> None:
+    inputs = {name: node.meta["val"].shape for name, node in traced("llama").placeholders().items()}
+    batch, sequence = inputs["input_ids"]
+    past = inputs["past_key_values.0.key"][2]
+    assert len({str(batch), str(sequence), str(past)}) == 3
+    assert all(isinstance(size, torch.SymInt) for size in (batch, sequence, past))
+    assert {str(shape[2]) for name, shape in inputs.items() if "past" in name} == {str(past)}
+    assert str(inputs["attention_mask"][1]) in {f"{past} + {sequence}", f"{sequence} + {past}"}
+
+
+def test_parameter_names_are_those_of_the_checkpoint() -> None:
+    assert traced("llama").weights.entries.keys() == source_of("llama").tensors.keys()
+
+
+def test_forward_of_the_class_is_left_as_it_was() -> None:
+    source = source_of("llama")
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = causal_lm.build(source, mode)
+    forward = type(model).forward
+    causal_lm.export(model, mode, causal_lm.record_layers(model, mode))
+    assert type(model).forward is forward
+    assert "forward" not in vars(model)
+    assert source.config._attn_implementation != "calque"
+
+
+def test_layers_that_keep_keys_and_values_are_found_with_their_sizes() -> None:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = causal_lm.build(source_of("gemma3_text"), mode)
+    assert causal_lm.record_layers(model, mode) == dict.fromkeys(range(3), (2, 24, 24))
+
+
+def with_config(**changes: Any) -> Any:
+    config = config_of(TYPES["llama"])
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return replace(source_of("llama"), config=config)
+
+
+def test_quantized_checkpoint_is_refused() -> None:
+    with pytest.raises(Unsupported, match="is a quantized checkpoint"):
+        causal_lm.guard(with_config(quantization_config={"quant_method": "gptq"}))
+
+
+def test_layers_that_need_other_states_are_all_named() -> None:
+    with pytest.raises(Unsupported) as caught:
+        causal_lm.guard(with_config(layer_types=["mamba", "full_attention", "conv"]))
+    assert caught.value.where == (
+        "layers of type conv: convolutional or recurrent state",
+        "layers of type mamba: convolutional or recurrent state",
+    )
+
+
+@pytest.mark.parametrize("kind", sorted(causal_lm.KEY_VALUE_LAYERS))
+def test_layers_whose_state_is_keys_and_values_are_let_through(kind: str) -> None:
+    causal_lm.guard(with_config(layer_types=[kind, "full_attention"]))
+
+
+def test_task_is_found_by_its_name_and_inferred() -> None:
+    assert load("text-generation-with-past") is load("text-generation") is causal_lm.trace
+    assert infer_task(source_of("llama")) == DEFAULT_TASK
+    with pytest.raises(Unsupported) as caught:
+        load("fill-mask")
+    assert str(caught.value) == (
+        "Unsupported: there is no converter for the task 'fill-mask' yet\nFix: tasks today: text-generation, text-generation-with-past"
+    )
