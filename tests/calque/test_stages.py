@@ -1,9 +1,9 @@
 from __future__ import annotations
 
+import mmap
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from calque import stages
@@ -32,13 +32,15 @@ def test_seconds_are_those_of_the_block() -> None:
     measured = Stages(ignore)
     with measured("sleep"):
         time.sleep(0.05)
-    assert 0.05 <= measured.done[0].seconds < 5
+    assert measured.done[0].seconds >= 0.05
 
 
 def test_peak_is_that_of_its_own_stage() -> None:
     measured = Stages(ignore)
     with measured("large"):
-        np.ones(64 * MIB, dtype=np.uint8)  # freed at once, yet it was the peak
+        # Pages of its own: what an allocator gives may be resident already. Freed at once, yet it was the peak.
+        with mmap.mmap(-1, 64 * MIB) as block:
+            block.write(b"x" * block.size())
     with measured("small"):
         pass
     large, small = (stage.peak_rss_bytes for stage in measured.done)
