@@ -174,6 +174,10 @@ class Artifact:
 
     @classmethod
     def _from_manifest(cls, folder: Path, data: dict[str, Any]) -> Artifact:
+        for name in ("recipe", "source", "files", "graphs", "passes", "tools", "limits", "proof"):
+            if not isinstance(data[name], dict):
+                raise TypeError(f"{name} is no object")
+
         def tensors(rows: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
             return tuple(TensorSpec(row["name"], row["dtype"], tuple(row["shape"])) for row in rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -107,7 +108,7 @@ def _report(error: CalqueError, as_json: bool, verbose: bool) -> int:
         traceback.print_exception(error)
     print(error, file=sys.stderr)
     if as_json:
-        _print_json(_error_object(type(error).__name__, error.exit_code, error.what, error.where, error.fix))
+        _print_error(_error_object(type(error).__name__, error.exit_code, error.what, error.where, error.fix))
     return error.exit_code
 
 
@@ -117,8 +118,14 @@ def _report_unexpected(error: Exception, as_json: bool, verbose: bool) -> int:
         traceback.print_exception(error)
     print(f"internal error: {type(error).__name__}: {text} (run with -v for the traceback)", file=sys.stderr)
     if as_json:
-        _print_json(_error_object(type(error).__name__, CalqueError.exit_code, text, (), "report it with the traceback that -v prints"))
+        _print_error(_error_object(type(error).__name__, CalqueError.exit_code, text, (), "report it with the traceback that -v prints"))
     return CalqueError.exit_code
+
+
+def _print_error(value: dict[str, Any]) -> None:
+    # Where standard output itself is what failed, standard error has said it already.
+    with contextlib.suppress(OSError):
+        _print_json(value)
 
 
 def _error_object(kind: str, code: int, what: str, where: Sequence[str], fix: str) -> dict[str, Any]:

@@ -4,10 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.weak import WeakIdKeyDictionary
+
+from calque.errors import CalqueError, SourceUnreadable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@contextmanager
+def buildable(config: PreTrainedConfig) -> Iterator[None]:
+    """Turn whatever a model's own constructor makes of absurd config values into one clear error.
+
+    Raises:
+        SourceUnreadable: with the model's type and what its code said.
+    """
+    try:
+        yield
+    except CalqueError:
+        raise
+    except Exception as error:  # constructors are foreign code and raise anything: KeyError, ZeroDivisionError…
+        raise SourceUnreadable(
+            f"config.json describes no {config.model_type} model that can be built: {type(error).__name__}: {error}",
+            fix="check its values against the model's documentation",
+        ) from error
 
 
 def _never(parameter: torch.nn.Parameter) -> bool:

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from calque.fake import fake_parameters
+from calque.fake import buildable, fake_parameters
 from calque.weights import DTYPES
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _outline(config: PreTrainedConfig, seed: int, trust_remote_code: bool) -> Pr
     def stay_real(param: torch.nn.Parameter) -> bool:
         return param.ndim <= 1 or not param.is_floating_point()
 
-    with torch.random.fork_rng(devices=[]), fake_parameters(FakeTensorMode(), stay_real):
+    with buildable(config), torch.random.fork_rng(devices=[]), fake_parameters(FakeTensorMode(), stay_real):
         torch.manual_seed(seed)
         # A copy: building writes the resolved dtype and attention implementation into the config.
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]

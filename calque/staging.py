@@ -139,7 +139,10 @@ def _locked(out: Path) -> Iterator[None]:
     """Hold the only lock on ``out``; the kernel lets go of it when the process dies, however it dies."""
     path = out.with_name(f".{out.name}.calque-lock")
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError as error:  # the folder is there: it is one that nothing can be made in, as /proc
+            raise UsageError(f"{out.parent} cannot be written", fix="name another folder with -o") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -247,7 +250,9 @@ def _explained(out: Path) -> Iterator[None]:
         if refusal.errno in _NO_SPACE:
             fix = "free some space, or name a folder on another disk"
             raise WontFit(f"the disk that holds {where} is full", [_space(out.parent)], fix) from error
-        if not where.is_relative_to(out.parent) or (refusal.errno in _IN_THE_WAY and _is_staged(where)):
+        # Ours are what lies beside the output, and the folders above it that had to be made.
+        ours = where.is_relative_to(out.parent) or out.is_relative_to(where)
+        if not ours or (refusal.errno in _IN_THE_WAY and _is_staged(where)):
             raise
         raise UsageError(f"{where} cannot be written: {refusal.strerror}", fix="name another folder with -o") from error
 

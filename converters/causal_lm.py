@@ -31,7 +31,7 @@ from calque.converters import patches, semantic
 from calque.converters.tidy import tidy
 from calque.converters.weight_names import weight_table
 from calque.errors import Unsupported
-from calque.fake import fake_parameters
+from calque.fake import buildable, fake_parameters
 from calque.source import ModelSource
 from calque.states import StateSpec, key_value_states
 from calque.traced import TracedModel, user_nodes
@@ -105,7 +105,7 @@ def build(source: ModelSource, mode: FakeTensorMode) -> PreTrainedModel:
     semantic.register()
     config = copy.deepcopy(source.config)
     config._attn_implementation = "eager"
-    with fake_parameters(mode):
+    with buildable(config), fake_parameters(mode):
         made: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
         )

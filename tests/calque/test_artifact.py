@@ -110,7 +110,14 @@ def test_manifest_that_is_no_manifest_is_reported(text: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"graphs": []}, {"limits": {"padding": "any", "more": 1}}, {"states": [{}]}, {"proof": {}}, {"graphs": {"model": {"file": "x"}}}],
+    [
+        {"files": 5},
+        {"graphs": []},
+        {"limits": {"padding": "any", "more": 1}},
+        {"states": [{}]},
+        {"proof": {}},
+        {"graphs": {"model": {"file": "x"}}},
+    ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_manifest_that_does_not_follow_the_schema_is_reported(changes: dict[str, Any], tmp_path: Path) -> None:

@@ -311,3 +311,13 @@ def test_warnings_of_libraries_are_for_those_who_ask(tmp_path: Path, flags: list
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0
     assert ("from a library" in err) is shown
+
+
+def test_full_standard_output_is_one_line_and_no_traceback() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "calque.cli", "targets", "--json"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -265,6 +265,20 @@ def test_a_folder_that_may_not_be_written_is_a_usage_error(tmp_path: Path, monke
     assert str(tmp_path / "new") in str(caught.value)
 
 
+def test_a_folder_above_the_parent_that_may_not_be_written_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path, *__: object, **___: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(tmp_path / "new"))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UsageError, match="cannot be written"), staging(tmp_path / "new" / "deeper" / "out"):
+        pytest.fail("the block must not run")
+
+
+def test_a_folder_that_nothing_can_be_made_in_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="/proc cannot be written"), staging(Path("/proc/out")):
+        pytest.fail("the block must not run")
+
+
 def test_a_parent_that_is_a_file_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="cannot be written"), staging(tmp_path / "file" / "out"):

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from calque.converters import DEFAULT_TASK, causal_lm, infer_task, load
-from calque.errors import Unsupported
+from calque.errors import SourceUnreadable, Unsupported
 from tests.tiny_models import TYPES, answers, config_of, prompt, source_of, traced
 
 NAMES = ["llama", "qwen3_moe", "gemma2", "gpt_oss", "gpt2", "bloom"]
@@ -111,3 +111,13 @@ def test_task_is_found_by_its_name_and_inferred() -> None:
     assert str(caught.value) == (
         "Unsupported: there is no converter for the task 'fill-mask' yet\nFix: tasks today: text-generation, text-generation-with-past"
     )
+
+
+@pytest.mark.parametrize("absurd", [{"vocab_size": -5}, {"pad_token_id": 9999}, {"vocab_size": 10**13}])
+def test_config_values_that_no_model_can_have_are_an_unreadable_source(absurd: dict[str, int]) -> None:
+    source = source_of("llama")
+    config = config_of(TYPES["llama"])
+    for key, value in absurd.items():
+        setattr(config, key, value)
+    with pytest.raises(SourceUnreadable, match=r"config.json describes no llama model that can be built"):
+        causal_lm.trace(replace(source, config=config))
