@@ -144,7 +144,9 @@ class Artifact:
         lines = []
         for name, digest in self.files.items():
             path = self.folder / name
-            if not path.is_file():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                lines.append(f"{name}  lies outside the folder")
+            elif not path.is_file():
                 lines.append(f"{name}  missing")
             elif file_sha256(path) != digest:
                 lines.append(f"{name}  bytes differ from the manifest's sha256")

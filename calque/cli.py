@@ -71,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(error, as_json, verbose)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        if as_json:
+            _print_error(_error_object("Interrupted", INTERRUPTED, "interrupted", (), "run it again"))
         return INTERRUPTED
     except BrokenPipeError:
         # The reader left, as `| head` does. Python would complain once more while it flushes at exit.
@@ -153,14 +155,12 @@ def _convert(args: argparse.Namespace) -> int:
     try:
         with Progress(sys.stderr) as progress:
             artifact = pipeline.convert(recipe, out, force=args.force, progress=progress)
-    except ParityFailed:
+    except ParityFailed as error:
         rejected = rejected_folder(Path(os.path.realpath(out)))
         if not args.json:
             print(report_text(_read_report(rejected)))
-        print(f"rejected: {rejected}", file=sys.stderr)
-        raise
+        raise ParityFailed(error.what, (*error.where, f"rejected folder: {rejected}"), error.fix) from error
     _print_converted(artifact, args.json)
-    _check_proof(artifact, recipe.require)
     return 0
 
 
@@ -195,7 +195,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
         "max_memory": args.max_memory,
         "calibration": {"text": args.calibration} if args.calibration else None,
         "options": _options(args.set) if args.set else None,
-        "parity": {"scenarios": _scenarios(args.scenarios)} if args.scenarios else None,
+        "parity": {"scenarios": _scenarios(args.scenarios)} if args.scenarios is not None else None,
     }
     flags = {key: value for key, value in given.items() if value is not None}
     if args.recipe is not None:
@@ -255,14 +255,6 @@ def _print_converted(artifact: Artifact, as_json: bool) -> None:
     print(f"\nwrote {artifact.folder} ({size(total)})")
 
 
-def _check_proof(artifact: Artifact, require: str | None) -> None:
-    """Leave quietly if the numbers were proved and what was required was run."""
-    asked = ["numerics", *([require] if require else [])]
-    missing = [f"{name}  {check.reason or ''}" for name in asked if (check := getattr(artifact.proof, name)).status == "not_run"]
-    if missing:
-        raise TargetUnavailable("the artifact was written, and not all of it could be proved here", missing, "validate it where it runs")
-
-
 def _validate(args: argparse.Namespace) -> int:
     from calque.validation.validate import validate
 
@@ -302,9 +294,12 @@ def _inspect(args: argparse.Namespace) -> int:
     artifact = Artifact.read(args.folder)
     facts = artifact_facts(artifact)
     _print_json(facts) if args.json else print(artifact_text(artifact, facts))
-    if damaged := [f"{name}  {file['status']}" for name, file in facts["files"].items() if file["status"] != "ok"]:
-        raise ArtifactUnreadable(f"{args.folder} is damaged", damaged, "copy it again, or convert the model again")
-    return 0
+    damaged = [f"{name}  {file['status']}" for name, file in facts["files"].items() if file["status"] != "ok"]
+    if not damaged:
+        return 0
+    # Not raised: standard output holds the facts already, and with --json it is one object.
+    print(ArtifactUnreadable(f"{args.folder} is damaged", damaged, "copy it again, or convert the model again"), file=sys.stderr)
+    return ArtifactUnreadable.exit_code
 
 
 def _targets(args: argparse.Namespace) -> int:

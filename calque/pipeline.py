@@ -43,6 +43,7 @@ def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Callabl
     Raises:
         CalqueError: with the exit code of its kind.
     """
+    out = Path(out)
     target = open_target(recipe)
     check_output(out, force)
     use_threads(recipe)
@@ -54,6 +55,8 @@ def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Callabl
                 preflight.require_disk(source, folder)
             artifact = emit(recipe, target, source, folder, stages)
             proof, rows = prove(recipe, target, source, artifact, Path(scratch), stages)
+        if proof.numerics.status == "not_run":
+            raise Unsupported("nothing could be proved, so nothing was written", [proof.numerics.reason or ""], "choose scenarios that run")
         Report.of(folder, rows, stages.done).write(folder)
         replace(artifact, proof=proof, files=digests(folder)).write_manifest()
         proof.raise_if_failed()
@@ -114,14 +117,12 @@ def open_target(recipe: Recipe) -> Target:
         UsageError: no such target, or no such option.
         Unsupported: settings that this version, or the target, cannot follow.
     """
-    cls = targets.load(recipe.target)
-    targets.check_options(cls, recipe.options)
+    target = targets.make(recipe.target, recipe.options)
     refused = unbuilt_settings(recipe)
-    if recipe.precision not in cls.precisions:
-        refused.append(f"precision: {recipe.precision}  {recipe.target} has {', '.join(cls.precisions)}")
+    if recipe.precision not in target.precisions:
+        refused.append(f"precision: {recipe.precision}  {recipe.target} has {', '.join(target.precisions)}")
     if refused:
         raise Unsupported("the recipe asks for what this version cannot do", list(dict.fromkeys(refused)), "change these settings")
-    target: Target = cls(**recipe.options)
     passes.check_order(plan_of(recipe, target))
     return target
 
@@ -159,6 +160,8 @@ def plan_of(recipe: Recipe, target: Target) -> tuple[Pass, ...]:
     listed = target.passes(recipe.precision) if recipe.passes is None else passes.read_plan(recipe.passes)
     if recipe.logits == "all":
         return listed
+    if any(passes.name_of(rewrite) == "keep_last_logits" for rewrite in listed):
+        raise UsageError(f"logits: {recipe.logits} and the pass keep_last_logits both cut the logits", fix="leave one of them out")
     return (passes.load("keep_last_logits", {"keep": recipe.logits}), *listed)
 
 

@@ -85,6 +85,10 @@ def check_output(out: Path, force: bool = False) -> None:
                 f"{out} is not an artifact, and --force replaces artifacts only",
                 fix="name another folder with -o, or remove this one yourself",
             )
+        if added := files_of_others(out):
+            raise UsageError(
+                f"{out} holds files that are not the artifact's, and replacing it would delete them", added, "move them away first"
+            )
     rejected = rejected_folder(out)
     if os.path.lexists(rejected) and not (is_artifact(rejected) or _is_leftover(rejected)):
         raise UsageError(
@@ -105,6 +109,13 @@ def is_artifact(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and {"schema", "target", "recipe", "files"} <= manifest.keys()
+
+
+def files_of_others(folder: Path) -> list[str]:
+    """Return the files in an artifact's folder that its manifest does not know."""
+    known = {MANIFEST, REPORT, *json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]}
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return [name for name in found if name not in known]
 
 
 @contextlib.contextmanager

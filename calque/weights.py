@@ -165,11 +165,13 @@ class WeightTable:
         ]
         unused = [f"{name}  in the checkpoint, used by no parameter" for name in self.unused]
         if missing or misfits or unused:
-            counts = f"{len(missing)} of {len(self.required)} parameters have no bytes"
-            counts += f", {len(misfits)} have another shape" if misfits else ""
-            counts += f", {len(unused)} checkpoint tensors have no use" if unused else ""
+            counts = [
+                f"{len(missing)} of {len(self.required)} parameters have no bytes" if missing else "",
+                f"{len(misfits)} parameters have another shape" if misfits else "",
+                f"{len(unused)} checkpoint tensors have no use" if unused else "",
+            ]
             raise WeightMismatch(
-                f"{counts} in {self.origin}",
+                f"{', '.join(filter(None, counts))} in {self.origin}",
                 [*missing, *misfits, *unused],
                 "check that config.json and the weights belong together, and that every shard is there",
             )

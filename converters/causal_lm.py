@@ -24,7 +24,7 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from calque.artifact import Limits, TensorSpec
 from calque.converters import patches, semantic
@@ -79,8 +79,10 @@ def trace(source: ModelSource) -> TracedModel:
 def guard(source: ModelSource) -> None:
     """Leave quietly if the config describes a causal language model that keys and values are enough for."""
     config = source.config
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if not known:
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    # The same type has other heads too: what was saved says which one the weights belong to.
+    other_head = config.architectures and not set(config.architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if not own_code and (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or other_head):
         architectures = ", ".join(config.architectures or ["no architecture"])
         raise Unsupported(
             f"{source.id} ({config.model_type}: {architectures}) is not a causal language model",

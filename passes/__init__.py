@@ -7,12 +7,13 @@ must have run before it. ``after`` is checked and never used to sort: a plan is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from calque.errors import RecipeError, UsageError
+from calque.options import construct
 
 if TYPE_CHECKING:
     from calque.traced import TracedModel
@@ -56,11 +57,7 @@ def load(name: str, options: Mapping[str, Any] | None = None) -> Pass:
         raise RecipeError(f"there is no pass {name!r}", fix=f"passes: {', '.join(names())}")
     module = import_module(f"calque.passes.{name}")
     cls = getattr(module, "".join(word.capitalize() for word in name.split("_")))
-    known = {field.name for field in fields(cls)}
-    if unknown := set(options or ()) - known:
-        what = f"pass {name} has no option {', '.join(sorted(unknown))}"
-        raise RecipeError(what, fix=f"its options: {', '.join(sorted(known)) or 'none'}")
-    made: Pass = cls(**(options or {}))
+    made: Pass = construct(cls, options or {}, f"pass {name}")
     return made
 
 

@@ -42,6 +42,7 @@ def generate(folder: Path | str, prompt: str, max_new_tokens: int, chat: bool = 
     ids = list(tokenizer.encode(text, add_special_tokens=not chat).ids)
     if not ids:
         raise UsageError("the prompt holds no token", fix="give some text")
+    check_vocabulary(artifact, ids)
     sequence = GreedySequence(artifact, open_session(folder, threads), [*ids])
     sequence.warm_up()
     ends, times = end_tokens(folder), [time.perf_counter()]
@@ -58,6 +59,20 @@ def generate(folder: Path | str, prompt: str, max_new_tokens: int, chat: bool = 
         "ttft_ms": round((times[1] - times[0]) * 1000, 3) if new else None,
         "tokens_per_s": round(steps / (times[-1] - times[1]), 2) if steps > 0 else None,
     }
+
+
+def check_vocabulary(artifact: Artifact, ids: list[int]) -> None:
+    """Leave quietly if the model knows every token that its tokenizer made.
+
+    Raises:
+        Unsupported: the tokenizer has more tokens than the model.
+    """
+    [graph] = artifact.graphs.values()
+    size = next((spec.shape[-1] for spec in graph.outputs if spec.name == "logits"), None)
+    if isinstance(size, int) and max(ids) >= size:
+        raise Unsupported(
+            f"the tokenizer gives token {max(ids)}, the model has {size}", fix="tokenizer and model do not belong together"
+        )  # fmt: skip
 
 
 @dataclass

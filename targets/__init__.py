@@ -5,15 +5,16 @@ Names use hyphens, their files underscores; files that begin with an underscore 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from calque.errors import RecipeError, UsageError
+from calque.errors import UsageError
+from calque.options import construct
 
 if TYPE_CHECKING:
     from calque.artifact import Artifact, GraphSpec, Limits
@@ -110,12 +111,12 @@ def load(name: str) -> type[Target]:
     return target
 
 
-def check_options(target: type[Target], options: dict[str, Any]) -> None:
-    """Leave quietly if every option is a field of the target.
+def make(name: str, options: Mapping[str, Any]) -> Target:
+    """Return the target called ``name`` with ``options`` as its fields.
 
     Raises:
-        RecipeError: all unknown options, with those there are.
+        UsageError: no such target.
+        RecipeError: no such option, or a value that it cannot take.
     """
-    known: Sequence[str] = [field.name for field in fields(target)]  # type: ignore[arg-type]
-    if unknown := sorted(set(options) - set(known)):
-        raise RecipeError(f"target {target.name} has no option {', '.join(unknown)}", fix=f"its options: {', '.join(known) or 'none'}")
+    made: Target = construct(load(name), options, f"target {name}")
+    return made

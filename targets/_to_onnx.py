@@ -107,7 +107,12 @@ def problems(model: TracedModel, table: Table) -> list[Problem]:
     if missing and all(node.target.namespace == "aten" for node in missing):  # type: ignore[union-attr]
         with _quiet(), _explained(model):
             missing = untranslated(_decomposed(program, table), table)
-    return [Problem(node.name, *source_of(node), f"{node.target} has no ONNX translation", "use a model without it") for node in missing]
+    return [Problem(node.name, *source_of(node), f"{node.target} has no ONNX translation", _way_out(node)) for node in missing]
+
+
+def _way_out(node: Node) -> str:
+    unsettled = node.target is torch.ops.calque.cache_update.default
+    return "add the pass cache_dynamic, which settles states" if unsettled else "use a model without it"
 
 
 def to_onnx(model: TracedModel, table: Table = STANDARD) -> ir.Model:

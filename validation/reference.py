@@ -12,7 +12,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from calque.errors import ArtifactUnreadable, ParityFailed
+from calque.errors import ArtifactUnreadable, SourceUnreadable
 from calque.validation.scenarios import PAD, Scenario, calls
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def store_reference(
     for each pool row, batch 1, no padding, no cache; one more where the row also grows past ``recompute_at``.
 
     Raises:
-        ParityFailed: the eager model's own logits are not finite.
+        SourceUnreadable: the eager model's own logits are not finite.
     """
     scenarios = [scenario for scenario in scenarios if not scenario.not_run]
     pool = _pool_rows(scenarios)
@@ -129,7 +129,7 @@ def _forward_pool(load_eager: Callable[[], torch.nn.Module], pool: Mapping[Key, 
         np.save(path, _eager_logits(model, tokens))
         logits = np.load(path, mmap_mode="r")
         if not all(np.isfinite(logits[start : start + STEP]).all() for start in range(0, len(logits), STEP)):
-            raise ParityFailed(
+            raise SourceUnreadable(
                 f"the eager model's own logits hold NaN or infinity on a row of {len(tokens)} tokens",
                 fix="check the weights; nothing can be proved against such a model",
             )

@@ -25,6 +25,7 @@ POOL = 5
 LONGEST = 8192
 # Longer limits are not driven to their end: the row would cost more than it could show.
 SMALL_MAX_LENGTH = 2048
+FEW_POSITIONS = 128
 # What the logits of one call may take where a scenario is free to cut the prompt.
 LOGITS_BYTES = 256 << 20
 
@@ -142,7 +143,7 @@ def build(
     ``max_positions``: what the config says the model was made for; rows stay within it.
     """
     ceiling = min(length for length in (limits.max_length, max_positions, 1 << 62) if length)
-    shapes = [*_basic(), *_window_shapes(limits, windows), *_recompute_shapes(limits), *_full_length_shapes(limits)]
+    shapes = [*_basic(), *_window_shapes(limits, windows), *_recompute_shapes(limits), *_full_length_shapes(limits, max_positions)]
     shapes = [shape for shape in shapes if shape.longest <= ceiling or not shape.lawful]
     run = [shape for shape in shapes if shape.longest <= longest]
     pool = _pool(max((shape.longest for shape in run), default=0), vocab_size, excluded, seed)
@@ -238,11 +239,15 @@ def _recompute_shapes(limits: Limits) -> Iterator[_Shape]:
     yield _Shape(f"continued-past-{limit}", f"must be refused: {why}", (short,), decode=8, lawful=False, refuse=refuse)
 
 
-def _full_length_shapes(limits: Limits) -> Iterator[_Shape]:
-    length = limits.max_length
-    if length is None or length > SMALL_MAX_LENGTH:
+def _full_length_shapes(limits: Limits, max_positions: int | None) -> Iterator[_Shape]:
+    # A limit is driven to its end; what the config merely says only where the other scenarios may be too long for it.
+    made_for = max_positions if max_positions and max_positions <= FEW_POSITIONS else None
+    length = min((known for known in (limits.max_length, made_for) if known), default=SMALL_MAX_LENGTH + 1)
+    if length > SMALL_MAX_LENGTH:
         return
     steps = min(4, length - 1)
     yield _Shape("full-length", f"up to exactly {length} tokens", (length - steps,), decode=steps)
+    if length != limits.max_length:
+        return
     refuse = f"max_length: {length}"
     yield _Shape("past-full-length", f"must be refused: more than {length} tokens", (length,), decode=1, lawful=False, refuse=refuse)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from calque.artifact import Artifact
+from calque.errors import ArtifactUnreadable
 from calque.validation.compare import compare
 from calque.validation.drive import ModelIO
 from calque.validation.reference import read_references
@@ -14,15 +15,16 @@ from calque.validation.reference import read_references
 def validate(folder: Path, threads: int = 0) -> dict[str, Any]:
     """Return ``{"status", "scenarios", "failures"}``: every stored scenario run again on the artifact in ``folder``.
 
-    A damaged file fails before anything runs. ``threads``: how many the runtime may use, 0 leaves it to the runtime.
+    ``threads``: how many the runtime may use, 0 leaves it to the runtime.
 
     Raises:
-        ArtifactUnreadable: not an artifact, or one without references.
+        ArtifactUnreadable: not an artifact, a damaged one, or one without references.
         TargetUnavailable: the artifact's runtime is not here.
     """
+    folder = Path(folder)
     artifact = Artifact.read(folder)
     if damaged := artifact.damaged_files():
-        return {"status": "failed", "scenarios": [], "failures": damaged}
+        raise ArtifactUnreadable(f"{folder} is damaged", damaged, "copy it again, or convert the model again")
     from calque.runtime import open_session
 
     session = open_session(folder, threads)

@@ -8,7 +8,7 @@ from pathlib import Path
 from calque.artifact import Artifact, Check, GraphSpec, Limits, Proof, TensorSpec, file_sha256
 from calque.states import key_value_states
 
-MANIFEST = {"schema": 1, "target": "onnxruntime", "recipe": {}, "files": {}}
+MANIFEST = {"schema": 1, "target": "onnxruntime", "recipe": {}, "files": {"model.onnx": ""}}
 
 
 def write_artifact(folder: Path, content: str) -> None:

@@ -257,3 +257,23 @@ def test_killed_conversion_leaves_no_half_artifact_and_the_older_one_whole(stage
     with staging(out, force=True) as fresh:
         write_artifact(fresh, "newer")
     assert names(out.parent) == ["out"]
+
+
+def test_nothing_is_written_where_nothing_could_be_proved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_artifact(tmp_path / "out", "old")
+    monkeypatch.setattr(pipeline, "scenarios_of", lambda *_: [])
+    with pytest.raises(Unsupported, match="nothing could be proved, so nothing was written"):
+        pipeline.convert(recipe(), tmp_path / "out", force=True)
+    assert content(tmp_path / "out") == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_logits_cut_twice_are_refused() -> None:
+    asked = recipe(logits="dynamic", passes=["cache_dynamic", {"keep_last_logits": {"keep": "last"}}])
+    with pytest.raises(UsageError, match="both cut the logits"):
+        pipeline.open_target(asked)
+
+
+def test_value_that_an_option_cannot_take_is_refused() -> None:
+    with pytest.raises(RecipeError, match="pass keep_last_logits cannot take these options"):
+        pipeline.open_target(recipe(passes=["cache_dynamic", {"keep_last_logits": {"keep": "banana"}}]))

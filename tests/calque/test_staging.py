@@ -295,3 +295,13 @@ def test_refusals_about_other_files_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), staging(tmp_path / "out"):
         raise PermissionError(errno.EACCES, "Permission denied", elsewhere)
     assert not issubclass(PermissionError, CalqueError)
+
+
+def test_force_does_not_delete_files_that_the_artifact_does_not_know(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_artifact(out, "old")
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not the artifact's") as caught, staging(out, force=True):
+        pytest.fail("the block must not run")
+    assert caught.value.where == ("notes.txt",)
+    assert (out / "notes.txt").read_text() == "mine"

@@ -44,7 +44,7 @@ CONVERSION = textwrap.dedent("""
         (folder / "model.onnx").write_text("new")
         if moment == "half written":
             wait()
-        (folder / "manifest.json").write_text(json.dumps({"schema": 1, "target": "t", "recipe": {}, "files": {}}))
+        (folder / "manifest.json").write_text(json.dumps({"schema": 1, "target": "t", "recipe": {}, "files": {"model.onnx": ""}}))
 """)
 MOMENTS = ["at the start", "half written", "before publishing", "between the renames", "after publishing"]
 

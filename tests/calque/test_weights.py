@@ -116,7 +116,8 @@ def test_ledger_lists_all_that_does_not_balance_with_the_nearest_name(stored: di
     with pytest.raises(WeightMismatch) as caught:
         table.check()
     assert str(caught.value) == (
-        "WeightMismatch: 2 of 4 parameters have no bytes, 1 have another shape, 2 checkpoint tensors have no use in org/name@abc\n"
+        "WeightMismatch: 2 of 4 parameters have no bytes, 1 parameters have another shape, "
+        "2 checkpoint tensors have no use in org/name@abc\n"
         "  model.layers.0.up.weight  [6, 3]  not in the checkpoint; nearest name: model.layers.0.upp.weight\n"
         "  zzz  [1]  not in the checkpoint\n"
         "  model.norm.weight  [5]  the checkpoint holds [4]\n"

@@ -30,7 +30,7 @@ OWN_SCENARIOS = {
 }
 COMMON = {
     "single-prompt", "ragged-left", "ragged-right", "chunked-prefill", "chunked-prefill-batch", "chunked-prefill-left",
-    "batch-2", "batch-5", "untraced-length", "length-1", "length-1-left", "length-1-right",
+    "batch-2", "batch-5", "untraced-length", "length-1", "length-1-left", "length-1-right", "full-length",
 }  # fmt: skip
 SLIDING_LAYERS = {
     "mistral": [0, 1], "qwen2": [1], "mixtral": [0, 1], "gemma2": [0], "gemma3_text": [0, 2], "phi3": [0, 1], "gpt_oss": [0],

@@ -121,3 +121,10 @@ def test_config_values_that_no_model_can_have_are_an_unreadable_source(absurd: d
         setattr(config, key, value)
     with pytest.raises(SourceUnreadable, match=r"config.json describes no llama model that can be built"):
         causal_lm.trace(replace(source, config=config))
+
+
+def test_weights_of_another_head_are_refused() -> None:
+    config = config_of(TYPES["llama"])
+    config.architectures = ["LlamaForSequenceClassification"]
+    with pytest.raises(Unsupported, match="LlamaForSequenceClassification"):
+        causal_lm.guard(replace(source_of("llama"), config=config))

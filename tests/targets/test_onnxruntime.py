@@ -12,7 +12,8 @@ import pytest
 
 from calque import passes
 from calque.artifact import Limits
-from calque.targets import Emitted, check_options, load, names
+from calque.errors import RecipeError
+from calque.targets import Emitted, load, make, names
 from calque.targets.onnxruntime import DATA, FILE, OnnxRuntime
 from tests.tiny_models import VOCABULARY, source_of, traced
 
@@ -124,7 +125,10 @@ def test_two_emissions_give_the_same_bytes(llama: Any, tmp_path: Path) -> None:
 def test_target_is_found_by_its_name_and_checks_its_options() -> None:
     assert "onnxruntime" in names()
     assert load("onnxruntime") is OnnxRuntime
-    check_options(OnnxRuntime, {"operators": "standard"})
+    assert make("onnxruntime", {"operators": "standard"}) == OnnxRuntime()
+    with pytest.raises(RecipeError, match="cannot take these options") as caught:
+        make("onnxruntime", {"operators": "banana"})
+    assert "standard" in caught.value.where[0]
 
 
 # A sparse file stands for 300 MB of weights: what is measured is what emission holds, not what it reads.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from calque.errors import ArtifactUnreadable, ParityFailed, Unsupported
+from calque.errors import ArtifactUnreadable, SourceUnreadable, Unsupported
 from calque.validation.compare import compare
 from calque.validation.drive import ModelIO
 from calque.validation.reference import eager_states, needed, read_references, store_reference
@@ -114,7 +114,7 @@ def test_a_model_that_says_nan_proves_nothing(tmp_path: Path) -> None:
     with torch.no_grad():
         model.get_parameter("lm_head.weight")[3] = float("nan")
     (tmp_path / "scratch").mkdir()
-    with pytest.raises(ParityFailed, match="NaN or infinity"):
+    with pytest.raises(SourceUnreadable, match="NaN or infinity"):
         store_reference(lambda: model, gate("llama").scenarios, tmp_path, tmp_path / "scratch")
 
 
