@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,9 @@ from calque.states import StateSpec
 SCHEMA = 1
 MANIFEST = "manifest.json"
 REPORT = "report.json"
+
+# The optional input that says how many last positions get logits; 0 means all.
+NUM_LOGITS_TO_KEEP = "num_logits_to_keep"
 
 Status = Literal["passed", "failed", "not_run"]
 Padding = Literal["any", "right", "none"]
@@ -201,6 +204,13 @@ class Artifact:
             limits=Limits(**data["limits"]),
             proof=Proof(numerics, build, execution),
         )
+
+
+def unlisted_files(folder: Path, listed: Iterable[str]) -> list[str]:
+    """Return the files in an artifact's folder that are neither its own two nor among those its manifest lists."""
+    known = {*listed, MANIFEST, REPORT}
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return [name for name in found if name not in known]
 
 
 def file_sha256(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from calque.artifact import MANIFEST, REPORT, Artifact, GraphSpec, Limits, TensorSpec
+from calque.artifact import Artifact, GraphSpec, Limits, TensorSpec, unlisted_files
 from calque.console import size, table
 from calque.states import StateSpec
 
@@ -13,9 +13,8 @@ def artifact_facts(artifact: Artifact) -> dict[str, Any]:
     """Return the manifest, and for each file its size and whether its bytes are still those that were proved."""
     damaged = dict(line.split("  ", 1) for line in artifact.damaged_files())
     files = {name: {"bytes": _bytes(artifact, name), "status": damaged.get(name, "ok")} for name in artifact.files}
-    known = {*artifact.files, MANIFEST, REPORT}
-    found = (path.relative_to(artifact.folder).as_posix() for path in artifact.folder.rglob("*") if path.is_file())
-    return {"folder": str(artifact.folder), "manifest": artifact.manifest(), "files": files, "extra": sorted(set(found) - known)}
+    extra = unlisted_files(artifact.folder, artifact.files)
+    return {"folder": str(artifact.folder), "manifest": artifact.manifest(), "files": files, "extra": extra}
 
 
 def artifact_text(artifact: Artifact, facts: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from calque.artifact import MANIFEST, REPORT
+from calque.artifact import MANIFEST, REPORT, unlisted_files
 from calque.errors import CalqueError, ParityFailed, UsageError, WontFit
 
 # Linux, <linux/fs.h> and <fcntl.h>.
@@ -85,7 +85,7 @@ def check_output(out: Path, force: bool = False) -> None:
                 f"{out} is not an artifact, and --force replaces artifacts only",
                 fix="name another folder with -o, or remove this one yourself",
             )
-        if added := files_of_others(out):
+        if added := unlisted_files(out, json.loads((out / MANIFEST).read_text(encoding="utf-8"))["files"]):
             raise UsageError(
                 f"{out} holds files that are not the artifact's, and replacing it would delete them", added, "move them away first"
             )
@@ -109,13 +109,6 @@ def is_artifact(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and {"schema", "target", "recipe", "files"} <= manifest.keys()
-
-
-def files_of_others(folder: Path) -> list[str]:
-    """Return the files in an artifact's folder that its manifest does not know."""
-    known = {MANIFEST, REPORT, *json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]}
-    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    return [name for name in found if name not in known]
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ class TracedModel:
 
     ``inputs`` and ``outputs`` name the user inputs and outputs of ``program`` in order. Before a cache pass ran,
     ``settled`` is False: ``inputs`` ends with the abstract state placeholders, one per ``StateSpec``, and the only
-    output is ``logits``. ``layers`` counts decoder layers; tolerances grow with it.
+    output is ``logits``.
     """
 
     program: ExportedProgram
@@ -39,8 +39,12 @@ class TracedModel:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     limits: Limits
-    layers: int
     settled: bool = False
+
+    @property
+    def layers(self) -> int:
+        """How many decoder layers keep a state."""
+        return len({state.layer for state in self.states})
 
     @property
     def module(self) -> GraphModule:
@@ -53,15 +57,19 @@ class TracedModel:
         """The graph of the program."""
         return self.module.graph
 
+    def _nodes_by_name(self) -> dict[str, Node]:
+        """Return every placeholder by its name in the graph, in order."""
+        return {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
+
     def placeholders(self) -> dict[str, Node]:
         """Return the placeholder of every user input by its name in the artifact."""
-        nodes = {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
+        nodes = self._nodes_by_name()
         user = [spec.arg.name for spec in self.program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
         return {spec.name: nodes[name] for spec, name in zip(self.inputs, user, strict=True)}
 
     def parameters(self) -> dict[str, Node]:
         """Return the placeholder of every parameter and buffer that has an entry in the weight table."""
-        nodes = {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
+        nodes = self._nodes_by_name()
         specs = self.program.graph_signature.input_specs
         return {spec.target: nodes[spec.arg.name] for spec in specs if spec.target is not None and spec.target in self.weights}
 
@@ -81,7 +89,7 @@ class TracedModel:
 
     def add_input(self, spec: TensorSpec, value: torch.Tensor) -> Node:
         """Return a new last user input named ``spec.name``; ``value`` is fake, of the program's own fake mode."""
-        last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        last = [*self._nodes_by_name().values()][-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(spec.name)
         node.meta["val"] = value
@@ -112,7 +120,7 @@ class TracedModel:
     def drop_unused_parameters(self) -> int:
         """Return how many parameters and buffers were dropped because nothing reads them."""
         specs = self.program.graph_signature.input_specs
-        nodes = {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
+        nodes = self._nodes_by_name()
         unused = [spec for spec in specs if spec.kind != InputKind.USER_INPUT and not nodes[spec.arg.name].users]
         for spec in unused:
             specs.remove(spec)
@@ -134,8 +142,7 @@ class TracedModel:
         self.graph.eliminate_dead_code()
         self.graph.lint()
         signature = self.program.graph_signature
-        placeholders = [node.name for node in self.graph.nodes if node.op == "placeholder"]
-        assert placeholders == [spec.arg.name for spec in signature.input_specs], "inputs and signature differ"
+        assert [*self._nodes_by_name()] == [spec.arg.name for spec in signature.input_specs], "inputs and signature differ"
         returned: Any = self.output_node().args[0]
         assert len(self.outputs) == len(signature.output_specs) == len(returned), "outputs and their names differ"
         for spec, node in zip(signature.output_specs, returned, strict=True):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Interpreter, Node
 
+from calque.artifact import NUM_LOGITS_TO_KEEP
 from calque.errors import UsageError
 from calque.traced import TracedModel
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from calque.session import Arrays
-
-COUNT = "num_logits_to_keep"
 
 
 class _Recorder(Interpreter):
@@ -56,6 +55,6 @@ class TracedSession:
         outputs = {spec.name: value for spec, value in zip(self.model.outputs, values, strict=True)}
         if not self.model.settled:
             outputs |= {state.output: recorder.updates[state.name] for state in self.model.states}
-        if COUNT in inputs and COUNT not in {spec.name for spec in self.model.inputs}:
-            outputs["logits"] = outputs["logits"][:, -int(inputs[COUNT]) :]
+        if NUM_LOGITS_TO_KEEP in inputs and NUM_LOGITS_TO_KEEP not in {spec.name for spec in self.model.inputs}:
+            outputs["logits"] = outputs["logits"][:, -int(inputs[NUM_LOGITS_TO_KEEP]) :]
         return {name: value.numpy() for name, value in outputs.items()}

@@ -36,8 +36,6 @@ from calque.source import ModelSource
 from calque.states import StateSpec, key_value_states
 from calque.traced import TracedModel, user_nodes
 
-TASKS = ("text-generation", "text-generation-with-past")
-
 # Layer kinds whose whole state is keys and values. Anything else a config names needs states of another kind.
 KEY_VALUE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "moe", "mlp", "dense", "sparse"}
 
@@ -67,7 +65,6 @@ def trace(source: ModelSource) -> TracedModel:
         inputs=(*_inputs(), *(TensorSpec(state.input, "float32", state.shape) for state in states)),
         outputs=(_logits(program),),
         limits=limits,
-        layers=len(layers),
     )
     tidy(traced)
     traced.states = with_windows(traced)
@@ -123,7 +120,7 @@ def build(source: ModelSource, mode: FakeTensorMode) -> PreTrainedModel:
 def _own_table_of_attentions(model_class: type) -> bool:
     """Return whether attention classes are picked by name from a table of the modeling file, where ours is unknown."""
     module = inspect.getmodule(model_class)
-    return any(name.endswith("ATTENTION_CLASSES") and name != "ALL_ATTENTION_FUNCTIONS" for name in vars(module or object))
+    return any(name.endswith("ATTENTION_CLASSES") for name in vars(module or object))
 
 
 def record_layers(model: PreTrainedModel, mode: FakeTensorMode) -> dict[int, tuple[int, int, int]]:
@@ -225,7 +222,7 @@ def with_learned_positions(model: TracedModel) -> Limits:
     limits = model.limits
     for node in user_nodes(model.graph.nodes, torch.ops.aten.embedding.default):
         offset, index = _offset(node.args[1])
-        if index in positions or _depends_only_on(index, positions):
+        if _depends_only_on(index, positions):
             rows = int(node.args[0].meta["val"].shape[0]) - offset  # type: ignore[union-attr]
             limits = replace(limits, max_length=min(rows, limits.max_length or rows))
     return limits

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch.fx import Node
 
-from calque.artifact import TensorSpec
+from calque.artifact import NUM_LOGITS_TO_KEEP, TensorSpec
 from calque.errors import Unsupported
 from calque.passes import Rewrites
 
@@ -30,7 +30,6 @@ aten = torch.ops.aten
 # What models put between the head and the logits: scales, soft caps, casts. All act on each position alone.
 ELEMENTWISE = {aten.mul.Tensor, aten.div.Tensor, aten.tanh.default, aten._to_copy.default, aten.add.Tensor}
 HEADS = {aten.linear.default, aten.matmul.default}
-COUNT = "num_logits_to_keep"
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class KeepLastLogits:
         head.replace_input_with(hidden, kept)
         for node in chain:
             _refresh(node)
-        length: int | str = 1 if self.keep == "last" else COUNT
+        length: int | str = 1 if self.keep == "last" else NUM_LOGITS_TO_KEEP
         batch, _, vocabulary = model.outputs[0].shape
         model.outputs = (replace(model.outputs[0], shape=(batch, length, vocabulary)), *model.outputs[1:])
         return Rewrites(1)
@@ -70,7 +69,7 @@ class KeepLastLogits:
             mode = hidden.meta["val"].fake_mode
             with mode:
                 value = torch.empty((), dtype=torch.int64)
-            count = model.add_input(TensorSpec(COUNT, "int64", ()), value)
+            count = model.add_input(TensorSpec(NUM_LOGITS_TO_KEEP, "int64", ()), value)
             kept = model.graph.call_function(torch.ops.calque.keep_last.default, (hidden, count))
         kept.meta = {key: hidden.meta[key] for key in ("nn_module_stack", "stack_trace") if key in hidden.meta}
         _refresh(kept)

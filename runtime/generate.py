@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calque.artifact import Artifact
+from calque.artifact import NUM_LOGITS_TO_KEEP, Artifact
 from calque.errors import ArtifactUnreadable, Unsupported, UsageError
 from calque.runtime import load, open_session
 from calque.runtime.chat import chat_prompt, read_json
@@ -119,7 +119,7 @@ class GreedySequence:
             "input_ids": np.array([ids], dtype=np.int64),
             "attention_mask": np.ones((1, total), dtype=np.int64),
             "position_ids": np.arange(self.held, total, dtype=np.int64)[None, :],
-            "num_logits_to_keep": np.array(1, dtype=np.int64),
+            NUM_LOGITS_TO_KEEP: np.array(1, dtype=np.int64),
         }
         names = {tensor.name for tensor in self.spec.inputs}
         outputs = self.session(self.graph, {**{name: array for name, array in everything.items() if name in names}, **self.states})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calque.artifact import TensorSpec
+from calque.artifact import NUM_LOGITS_TO_KEEP, TensorSpec
 from calque.errors import ParityFailed, UsageError
 from calque.states import StateSpec
 from calque.validation.scenarios import PAD, Scenario, calls
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.generic]
 
-PLAIN_INPUTS = ("input_ids", "attention_mask", "position_ids", "num_logits_to_keep")
+PLAIN_INPUTS = ("input_ids", "attention_mask", "position_ids", NUM_LOGITS_TO_KEEP)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def answers(session: Session, io: ModelIO, scenario: Scenario) -> Iterator[Answe
         tokens = np.stack([np.where(index == PAD, io.pad_id, row[index]) for row, index in zip(rows, call.index, strict=True)])
         plain = _plain_inputs(io, tokens, history, number)
         outputs = session(io.graph, {**plain, **states})
-        keep = int(plain["num_logits_to_keep"]) if "num_logits_to_keep" in plain else None
+        keep = int(plain[NUM_LOGITS_TO_KEEP]) if NUM_LOGITS_TO_KEEP in plain else None
         answer = Answer(number, call.index, history, call.beyond, keep, outputs)
         yield answer
         states = {spec.input: state_of(answer, spec) for spec in io.states}
@@ -129,7 +129,7 @@ def _plain_inputs(io: ModelIO, tokens: NDArray[np.int64], history: NDArray[np.in
         "attention_mask": mask,
         "position_ids": np.ascontiguousarray(positions),
         # 0 keeps all; pieces of a prompt and every other step ask for the last one alone.
-        "num_logits_to_keep": np.array(number % 2, dtype=np.int64),
+        NUM_LOGITS_TO_KEEP: np.array(number % 2, dtype=np.int64),
     }
     return {name: array for name, array in everything.items() if name in names}
 

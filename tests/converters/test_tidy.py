@@ -35,7 +35,7 @@ def written(function: Callable[[Tensor], Tensor]) -> TracedModel:
     with torch.no_grad():
         program = torch.export.export(Written(function).eval(), (X.clone(),), dynamic_shapes=({0: torch.export.Dim("rows")},), strict=False)
     spec = TensorSpec("x", "float32", ("rows", 3))
-    return TracedModel(program, WeightTable({}), (), (spec,), (TensorSpec("y", "float32", ("rows", 3)),), Limits(), layers=0, settled=True)
+    return TracedModel(program, WeightTable({}), (), (spec,), (TensorSpec("y", "float32", ("rows", 3)),), Limits(), settled=True)
 
 
 def operators(model: TracedModel) -> Counter[Any]:

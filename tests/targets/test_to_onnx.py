@@ -52,7 +52,7 @@ def exported(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any, names: 
     specs = tuple(TensorSpec(name, str(x.dtype).removeprefix("torch."), ("batch",) * x.ndim) for name, x in zip(names, inputs, strict=True))
     specs = tuple(TensorSpec(s.name, s.dtype, tuple(f"{s.name}_{i}" for i in range(len(s.shape)))) for s in specs)
     output = TensorSpec("out", "float32", tuple(f"out_{i}" for i in range(rank)))
-    return TracedModel(program, WeightTable({}), (), specs, (output,), Limits(), layers=0, settled=True)
+    return TracedModel(program, WeightTable({}), (), specs, (output,), Limits(), settled=True)
 
 
 def session(model: TracedModel, folder: Path) -> ort.InferenceSession:
