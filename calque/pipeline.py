@@ -144,13 +144,17 @@ def bounded(recipe: Recipe, limits: Limits) -> Limits:
 def resolve(recipe: Recipe, scratch: Path) -> ModelSource:
     """Return the source the recipe names; its headers are read, its tensors are not."""
     return ModelSource.resolve(
-        recipe.model, random_weights=recipe.random_weights, trust_remote_code=recipe.trust_remote_code, scratch=scratch
-    )  # fmt: skip
+        recipe.model,
+        task=recipe.task,
+        random_weights=recipe.random_weights,
+        trust_remote_code=recipe.trust_remote_code,
+        scratch=scratch,
+    )
 
 
 def trace(recipe: Recipe, source: ModelSource) -> TracedModel:
     """Return the traced model, its ledger balanced."""
-    model = converters.load(recipe.task or converters.infer_task(source))(source)
+    model = converters.load(source.task)(source)
     model.weights.check()
     return model
 

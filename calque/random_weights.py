@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from calque.fake import buildable, fake_parameters
+from calque.tasks import TASKS, Task
 from calque.weights import DTYPES
 
 if TYPE_CHECKING:
@@ -35,9 +36,18 @@ EMBEDDING_GAIN = 1.0
 # Elements drawn at a time. It bounds memory and fits the cache; another size may give other bytes.
 PIECE = 1 << 18
 
+CAUSAL = TASKS["text-generation-with-past"]
 
-def write_random_weights(config: PreTrainedConfig, folder: Path, seed: int = 0, *, trust_remote_code: bool = False) -> Path:
-    """``folder/model.safetensors`` holds random values for every parameter of the config's causal LM; return its path.
+
+def write_random_weights(
+    config: PreTrainedConfig,
+    folder: Path,
+    seed: int = 0,
+    *,
+    task: Task = CAUSAL,
+    trust_remote_code: bool = False,
+) -> Path:
+    """``folder/model.safetensors`` holds random values for every parameter of the config's model of ``task``; return its path.
 
     Each tensor is drawn from a generator seeded by ``(seed, name)`` and written in pieces: memory stays bounded by one
     piece whatever the model's size, and the bytes are the same on each run. Names are the module's own (tied ones once,
@@ -50,7 +60,7 @@ def write_random_weights(config: PreTrainedConfig, folder: Path, seed: int = 0, 
 
     Source: safetensors format, README@0.8.
     """
-    model = _outline(config, seed, trust_remote_code)
+    model = _outline(config, seed, task, trust_remote_code)
     tensors = _tensors(model)
     # Larger elements first, as safetensors' own writer does, keeps every tensor aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
@@ -66,9 +76,9 @@ def write_random_weights(config: PreTrainedConfig, folder: Path, seed: int = 0, 
     return path
 
 
-def _outline(config: PreTrainedConfig, seed: int, trust_remote_code: bool) -> PreTrainedModel:
+def _outline(config: PreTrainedConfig, seed: int, task: Task, trust_remote_code: bool) -> PreTrainedModel:
     """Return the model with fake matrices and real vectors, the latter as the model itself initializes them."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     def stay_real(param: torch.nn.Parameter) -> bool:
         return param.ndim <= 1 or not param.is_floating_point()
@@ -76,7 +86,7 @@ def _outline(config: PreTrainedConfig, seed: int, trust_remote_code: bool) -> Pr
     with buildable(config), torch.random.fork_rng(devices=[]), fake_parameters(FakeTensorMode(), stay_real):
         torch.manual_seed(seed)
         # A copy: building writes the resolved dtype and attention implementation into the config.
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = getattr(transformers, task.auto_class).from_config(
             copy.deepcopy(config), trust_remote_code=trust_remote_code
         )
     return model

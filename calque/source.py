@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from calque import checkpoint
+from calque import checkpoint, tasks
 from calque.errors import SourceUnreadable, Unsupported, UsageError, WeightMismatch
+from calque.tasks import Task
 from calque.weights import Stored
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 BUILTIN = "builtin:"
 BUILTIN_FOLDER = Path(__file__).parent / "models"
 CONFIG = "config.json"
+# sentence-transformers' list of what follows the encoder: pooling, normalisation.
+SENTENCE_MODULES = "modules.json"
 
 # What travels into the artifact besides the weights. Source: the file names that transformers' save_pretrained writes,
 # and the licence files of the hub's largest families.
@@ -36,6 +39,10 @@ COMPANIONS = (
     "vocab.*",
     "merges.txt",
     "special_tokens_map.json",
+    SENTENCE_MODULES,
+    "*_Pooling/config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
     "added_tokens.json",
     "chat_template.*",
     "additional_chat_templates/*.jinja",
@@ -57,40 +64,47 @@ class ModelSource:
 
     ``id`` is ``org/name``, ``builtin:name`` or a local folder's name, never a path, for the manifest holds it.
     ``revision`` is the resolved commit of a hub model. ``folder`` holds config.json, the tokenizer and the safetensors.
+    ``task`` says which of the model's classes is meant.
     """
 
     id: str
     revision: str | None
     folder: Path
     config: PreTrainedConfig
+    task: Task
     tensors: Mapping[str, Stored]
     trust_remote_code: bool
     random_weights: bool
 
     @classmethod
-    def resolve(cls, model: str, *, random_weights: bool = False, trust_remote_code: bool = False, scratch: Path) -> ModelSource:
+    def resolve(
+        cls, model: str, *, task: str | None = None, random_weights: bool = False, trust_remote_code: bool = False, scratch: Path
+    ) -> ModelSource:
         """Return the source that ``model`` names; its config is valid and the headers of its weights have been read.
 
         Args:
             model: ``builtin:<name>``, a folder, with ``random_weights`` also a config.json, or ``org/name[@revision]``.
+            task: Optimum's name of the task; None: what the config's architectures say.
             random_weights: Use seeded random weights, written to ``scratch``, whatever weights the model has.
             trust_remote_code: Run the modeling code that comes with the model, where it needs some.
             scratch: A folder that random weights, and the files that belong to them, are written to.
 
         Raises:
             SourceUnreadable: what is missing or malformed, where, and what to do.
-            UsageError: random weights would overwrite the model's own.
-            Unsupported: random weights for a model that is no causal LM.
+            UsageError: no such task, or random weights would overwrite the model's own.
+            Unsupported: the model has no class for the task, or there is no converter for it.
         """
         place = _locate(model, random_weights, trust_remote_code)
         config = _read_config(place.folder, trust_remote_code)
         folder = place.folder
+        meant = tasks.find(task) if task else tasks.infer(config, pooled=(folder / SENTENCE_MODULES).is_file())
+        _check_task(config, meant, place.id, trust_remote_code)
         if random_weights:
-            folder = _randomized(place.folder, config, scratch, trust_remote_code)
+            folder = _randomized(place.folder, config, meant, scratch, trust_remote_code)
         elif place.revision is not None:
             _download_weights(place)
         tensors = checkpoint.read_headers(folder)
-        return cls(place.id, place.revision, folder, config, tensors, trust_remote_code, random_weights)
+        return cls(place.id, place.revision, folder, config, meant, tensors, trust_remote_code, random_weights)
 
     def sha256(self) -> str:
         """Return the hex SHA-256 of config.json and all weight files; it depends on their bytes and names alone."""
@@ -115,14 +129,12 @@ class ModelSource:
         Raises:
             WeightMismatch: parameters that the checkpoint does not hold.
             SourceUnreadable: transformers cannot load the checkpoint.
-            Unsupported: the model is no causal LM.
         """
         import torch
-        from transformers import AutoModelForCausalLM
+        import transformers
 
-        _check_causal(self.config, self.trust_remote_code)
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = getattr(transformers, self.task.auto_class).from_pretrained(
                 self.folder,
                 dtype=getattr(torch, dtype),
                 attn_implementation="eager",
@@ -314,22 +326,31 @@ def _untrusted(model_type: object, code: Sequence[str]) -> SourceUnreadable:
     )
 
 
-def _check_causal(config: PreTrainedConfig, trust_remote_code: bool) -> None:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or (own_code and trust_remote_code):
-        return
-    if own_code:
+def _check_task(config: PreTrainedConfig, task: Task, origin: str, trust_remote_code: bool) -> None:
+    """Leave quietly if there is a class for the task, and if what was saved has its head where another would go unnoticed."""
+    named = set(config.architectures or ())
+    own_code = task.auto_class in (getattr(config, "auto_map", None) or {})
+    if own_code and not trust_remote_code and type(config) not in _known(task):
         raise _untrusted(config.model_type, ())
-    raise Unsupported(f"model_type {config.model_type!r} is no causal language model", fix="name a model that generates text")
+    # A generator's head may be tied to its embedding: it would be made up without a parameter missing.
+    other_head = task.converter == "causal_lm" and named and not own_code and not named & set(task.architectures())
+    if not task.fits(config) or other_head:
+        raise Unsupported(
+            f"{origin} ({config.model_type}: {', '.join(sorted(named)) or 'no architecture'}) is no model for {task.name}",
+            fix=f"leave the task out, so that the config says it, or name another: {', '.join(tasks.TASKS)}",
+        )
 
 
-def _randomized(folder: Path, config: PreTrainedConfig, scratch: Path, trust_remote_code: bool) -> Path:
+def _known(task: Task) -> Any:
+    import transformers
+
+    return getattr(transformers, task.auto_class)._model_mapping
+
+
+def _randomized(folder: Path, config: PreTrainedConfig, task: Task, scratch: Path, trust_remote_code: bool) -> Path:
     """Return ``scratch``, holding the model's files with random weights in place of its own."""
     from calque.random_weights import write_random_weights
 
-    _check_causal(config, trust_remote_code)
     if scratch.resolve() == folder.resolve():
         raise UsageError(f"random weights would overwrite the model in {folder}", fix="name another scratch folder")
     code = sorted(folder.glob("*.py")) if trust_remote_code else []
@@ -341,7 +362,7 @@ def _randomized(folder: Path, config: PreTrainedConfig, scratch: Path, trust_rem
     # Random weights are plain: a loader told otherwise would look for packed ones.
     table.pop("quantization_config", None)
     (scratch / CONFIG).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    write_random_weights(config, scratch, trust_remote_code=trust_remote_code)
+    write_random_weights(config, scratch, task=task, trust_remote_code=trust_remote_code)
     return scratch
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from calque.converters import DEFAULT_TASK, causal_lm, infer_task, load
+from calque.converters import causal_lm
 from calque.errors import SourceUnreadable, Unsupported
 from tests.tiny_models import TYPES, answers, config_of, prompt, source_of, traced
 
@@ -103,16 +103,6 @@ def test_layers_whose_state_is_keys_and_values_are_let_through(kind: str) -> Non
     causal_lm.guard(with_config(layer_types=[kind, "full_attention"]))
 
 
-def test_task_is_found_by_its_name_and_inferred() -> None:
-    assert load("text-generation-with-past") is load("text-generation") is causal_lm.trace
-    assert infer_task(source_of("llama")) == DEFAULT_TASK
-    with pytest.raises(Unsupported) as caught:
-        load("fill-mask")
-    assert str(caught.value) == (
-        "Unsupported: there is no converter for the task 'fill-mask' yet\nFix: tasks today: text-generation, text-generation-with-past"
-    )
-
-
 @pytest.mark.parametrize("absurd", [{"vocab_size": -5}, {"pad_token_id": 9999}, {"vocab_size": 10**13}])
 def test_config_values_that_no_model_can_have_are_an_unreadable_source(absurd: dict[str, int]) -> None:
     source = source_of("llama")
@@ -121,10 +111,3 @@ def test_config_values_that_no_model_can_have_are_an_unreadable_source(absurd: d
         setattr(config, key, value)
     with pytest.raises(SourceUnreadable, match=r"config.json describes no llama model that can be built"):
         causal_lm.trace(replace(source, config=config))
-
-
-def test_weights_of_another_head_are_refused() -> None:
-    config = config_of(TYPES["llama"])
-    config.architectures = ["LlamaForSequenceClassification"]
-    with pytest.raises(Unsupported, match="LlamaForSequenceClassification"):
-        causal_lm.guard(replace(source_of("llama"), config=config))

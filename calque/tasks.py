@@ -1,0 +1,102 @@
+"""The tasks a model can be converted for: optimum's names, and the transformers class that each one loads."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from calque.errors import Unsupported, UsageError
+from calque.suggest import nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+POOLED = "sentence-similarity"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task. ``mapping`` names transformers' table of the architectures it fits, in ``modeling_auto``.
+
+    ``converter`` is the file in ``converters/`` that traces it.
+    """
+
+    name: str
+    auto_class: str
+    mapping: str
+    converter: str
+
+    def architectures(self) -> Collection[str]:
+        """Return the names of transformers' classes that do this task."""
+        from transformers.models.auto import modeling_auto
+
+        found: set[str] = set()
+        for value in getattr(modeling_auto, self.mapping).values():
+            found.update([value] if isinstance(value, str) else value)
+        return found
+
+    def fits(self, config: PreTrainedConfig) -> bool:
+        """Return whether transformers, or code that comes with the model, has a class of this task for the config's type."""
+        import transformers
+
+        own_code = self.auto_class in (getattr(config, "auto_map", None) or {})
+        return own_code or type(config) in getattr(transformers, self.auto_class)._model_mapping
+
+
+# In the order in which a config's architectures are looked up: the plain encoder comes last, as every head has one inside.
+TASKS = {
+    task.name: task
+    for task in (
+        Task("text-generation-with-past", "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "causal_lm"),
+        Task("fill-mask", "AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "encoder"),
+        Task("text-classification", "AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "encoder"),
+        Task("token-classification", "AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "encoder"),
+        Task("question-answering", "AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", "encoder"),
+        Task("feature-extraction", "AutoModel", "MODEL_MAPPING_NAMES", "encoder"),
+        Task(POOLED, "AutoModel", "MODEL_MAPPING_NAMES", "encoder"),
+    )
+}
+
+
+def find(name: str) -> Task:
+    """Return the task of that name: optimum's, or one of its synonyms; ``text-generation`` always keeps its cache.
+
+    Raises:
+        UsageError: optimum knows no such task.
+        Unsupported: there is no converter for the task yet.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    from optimum.exporters.tasks import TasksManager
+
+    known: list[str] = TasksManager.get_all_tasks()
+    plain: str = TasksManager.map_from_synonym(name.removesuffix("-with-past"))
+    if plain not in known:
+        raise UsageError(f"there is no task {name!r}{nearest(name, known)}", fix=f"tasks today: {', '.join(TASKS)}")
+    for candidate in (plain, f"{plain}-with-past"):
+        if candidate in TASKS:
+            return TASKS[candidate]
+    raise Unsupported(f"there is no converter for the task {name!r} yet", fix=f"tasks today: {', '.join(TASKS)}")
+
+
+def infer(config: PreTrainedConfig, pooled: bool) -> Task:
+    """Return the task that a config's architectures say, or else its type; ``pooled``: it was saved as a sentence encoder.
+
+    Raises:
+        Unsupported: no converter's classes are among them.
+    """
+    named = set(config.architectures or ())
+    for task in TASKS.values():
+        if named & set(task.architectures()):
+            return TASKS[POOLED] if pooled and task.auto_class == "AutoModel" else task
+    if named and not getattr(config, "auto_map", None):
+        raise Unsupported(
+            f"there is no converter for {', '.join(sorted(named))} ({config.model_type}) yet", fix=f"tasks today: {', '.join(TASKS)}"
+        )
+    if pooled:
+        return TASKS[POOLED]
+    # A config alone: an encoder's type has a masked-LM head too, unless it says that it decodes.
+    encodes = TASKS["fill-mask"].fits(config) and not getattr(config, "is_decoder", False)
+    order = ("feature-extraction", "text-generation-with-past") if encodes else ("text-generation-with-past", "feature-extraction")
+    return next((TASKS[name] for name in order if TASKS[name].fits(config)), TASKS["text-generation-with-past"])

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import BertConfig, LlamaConfig, T5Config, ViTConfig
+
+from calque import converters, tasks
+from calque.converters import causal_lm
+from calque.errors import Unsupported, UsageError
+
+
+def test_task_is_found_by_its_name_and_by_optimums_synonyms() -> None:
+    assert tasks.find("text-generation").name == tasks.find("text-generation-with-past").name == "text-generation-with-past"
+    assert tasks.find("sequence-classification").name == "text-classification"
+    assert converters.load(tasks.find("text-generation")) is causal_lm.trace
+
+
+@pytest.mark.parametrize(
+    ("config", "pooled", "expected"),
+    [
+        (LlamaConfig(architectures=["LlamaForCausalLM"]), False, "text-generation-with-past"),
+        (LlamaConfig(), False, "text-generation-with-past"),
+        (LlamaConfig(architectures=["LlamaForSequenceClassification"]), False, "text-classification"),
+        (BertConfig(), False, "feature-extraction"),
+        (BertConfig(is_decoder=True), False, "text-generation-with-past"),
+        (BertConfig(), True, "sentence-similarity"),
+        (BertConfig(architectures=["BertModel"]), True, "sentence-similarity"),
+        (BertConfig(architectures=["BertModel"]), False, "feature-extraction"),
+        (BertConfig(architectures=["BertForMaskedLM"]), True, "fill-mask"),
+        (BertConfig(architectures=["BertForTokenClassification"]), False, "token-classification"),
+        (BertConfig(architectures=["BertForQuestionAnswering"]), False, "question-answering"),
+    ],
+)
+def test_task_is_inferred_from_architectures_or_type(config: Any, pooled: bool, expected: str) -> None:
+    assert tasks.infer(config, pooled).name == expected
+
+
+@pytest.mark.parametrize("config", [T5Config(architectures=["T5ForConditionalGeneration"]), ViTConfig(architectures=["ViTForImageClassification"])])
+def test_architecture_of_no_converter_is_unsupported_by_name(config: Any) -> None:
+    with pytest.raises(Unsupported) as caught:
+        tasks.infer(config, False)
+    assert config.architectures[0] in str(caught.value)
+
+
+def test_unknown_task_is_bad_usage_and_known_one_without_converter_unsupported() -> None:
+    with pytest.raises(UsageError, match="fil-mask"):
+        tasks.find("fil-mask")
+    with pytest.raises(Unsupported, match="object-detection"):
+        tasks.find("object-detection")
