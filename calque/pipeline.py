@@ -5,17 +5,19 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from calque import __version__, converters, passes, preflight, targets
+from calque import __version__, converters, facts, passes, preflight, sentence, targets
 from calque.artifact import MANIFEST, REPORT, Artifact, Proof, file_sha256
 from calque.errors import TargetUnavailable, Unsupported, UsageError
 from calque.recipe import Recipe, unbuilt_settings
 from calque.source import ModelSource
 from calque.stages import Stages
+from calque.tasks import POOLED
 from calque.staging import check_output, staging
 from calque.targets import Target
 from calque.traced import TracedModel
@@ -53,23 +55,24 @@ def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Callabl
             with stages("source"):
                 source = resolve(recipe, Path(scratch))
                 preflight.require_disk(source, folder)
-            artifact = emit(recipe, target, source, folder, stages)
-            proof, rows = prove(recipe, target, source, artifact, Path(scratch), stages)
+            artifact, report = emit(recipe, target, source, folder, stages)
+            proof, report = prove(recipe, target, source, artifact, report, Path(scratch), stages)
         if proof.numerics.status == "not_run":
             raise Unsupported("nothing could be proved, so nothing was written", [proof.numerics.reason or ""], "choose scenarios that run")
-        Report.of(folder, rows, stages.done).write(folder)
+        replace(report, failures=proof.failures).measured(folder, stages.done).write(folder)
         replace(artifact, proof=proof, files=digests(folder)).write_manifest()
         proof.raise_if_failed()
         require(recipe, proof)
     return Artifact.read(out)
 
 
-def emit(recipe: Recipe, target: Target, source: ModelSource, folder: Path, stages: Stages) -> Artifact:
-    """Leave the target's files and the model's companions in ``folder`` and return the artifact, not yet proved."""
+def emit(recipe: Recipe, target: Target, source: ModelSource, folder: Path, stages: Stages) -> tuple[Artifact, Report]:
+    """Leave the target's files and the model's companions in ``folder``; return the artifact, not yet proved, and what is known of it."""
     with stages("trace"):
         model = trace(recipe, source)
+        parameters = facts.count_parameters(model)
     with stages("passes"):
-        counts = passes.run(plan_of(recipe, target), model)
+        done = passes.run_all(plan_of(recipe, target, source), model)
         if problems := target.problems(model):
             raise Unsupported(f"{target.name} cannot express {source.id}", [str(problem) for problem in problems])
     with stages("lower"):
@@ -78,7 +81,16 @@ def emit(recipe: Recipe, target: Target, source: ModelSource, folder: Path, stag
         emitted = target.emit(lowered, model, folder)
         copy_companions(source, folder)
         described = source.describe()
-    return Artifact(
+    limits = bounded(recipe, emitted.limits)
+    report = Report(
+        source=facts.source_facts(source, described, parameters),
+        target=recipe.target,
+        precision=recipe.precision,
+        limits=asdict(limits),
+        passes=tuple({"name": name, **asdict(did)} for name, did in done.items()),
+        weights=tuple(facts.weights_by_layer(model)),
+    )
+    artifact = Artifact(
         folder=folder,
         target=recipe.target,
         recipe=recipe.as_manifest(),
@@ -87,27 +99,40 @@ def emit(recipe: Recipe, target: Target, source: ModelSource, folder: Path, stag
         files={},
         graphs=emitted.graphs,
         states=model.states,
-        passes=counts,
+        passes={name: did.count for name, did in done.items()},
         tools={"calque": __version__, **{name: version(name) for name in TOOLS}},
-        limits=bounded(recipe, emitted.limits),
+        limits=limits,
     )
+    return artifact, report
 
 
-def prove(recipe: Recipe, target: Target, source: ModelSource, artifact: Artifact, scratch: Path, stages: Stages) -> tuple[Proof, Rows]:
-    """Return the proof of the artifact against the untouched eager model, and one row per scenario."""
+def prove(
+    recipe: Recipe, target: Target, source: ModelSource, artifact: Artifact, report: Report, scratch: Path, stages: Stages
+) -> tuple[Proof, Report]:
+    """Return the proof of the artifact against the untouched eager model, and the report with a row per scenario and per layer."""
+    from calque.validation.drive import ModelIO
+    from calque.validation.eager import eager_states
+    from calque.validation.layers import layer_parity, telling_scenario
     from calque.validation.prove import prove as run_scenarios
     from calque.validation.reference import store_reference
 
     chosen = scenarios_of(recipe, source, artifact)
+    shown = telling_scenario(chosen) if artifact.states else None
+    load_eager = cache(source.load_eager)
     with stages("reference"):
-        expected = store_reference(source.load_eager, chosen, artifact.folder, scratch)
+        becomes = partial(passes.expected, plan_of(recipe, target, source))
+        expected = store_reference(load_eager, chosen, ModelIO.of(artifact), artifact.folder, scratch, becomes)
+        states = {row: eager_states(load_eager(), row) for row in shown.rows} if shown else {}
+        load_eager.cache_clear()  # what opens the artifact needs the memory
     with stages("prove"):
-        proof, rows = run_scenarios(artifact, target.open(artifact, recipe.threads), chosen, expected)
+        session = target.open(artifact, recipe.threads)
+        proof, rows = run_scenarios(artifact, session, chosen, expected)
+        layers, note = layer_parity(session, ModelIO.of(artifact), shown, states) if shown else ((), "")
     if proof.numerics.status == "failed":
         with stages("bisect"):
             first = first_divergence(recipe, target, source, artifact, chosen, expected, rows)
             proof = replace(proof, failures=(*first, *proof.failures))
-    return proof, rows
+    return proof, replace(report, scenarios=tuple(rows), layers=layers).noted(note)
 
 
 def open_target(recipe: Recipe) -> Target:
@@ -159,14 +184,18 @@ def trace(recipe: Recipe, source: ModelSource) -> TracedModel:
     return model
 
 
-def plan_of(recipe: Recipe, target: Target) -> tuple[Pass, ...]:
-    """Return the passes: the recipe's, or else the target's; cutting the logits comes first, where it is asked for."""
+def plan_of(recipe: Recipe, target: Target, source: ModelSource | None = None) -> tuple[Pass, ...]:
+    """Return the passes: the recipe's, or else the target's; before them those that the recipe or the source ask for by themselves."""
     listed = target.passes(recipe.precision) if recipe.passes is None else passes.read_plan(recipe.passes)
-    if recipe.logits == "all":
-        return listed
-    if any(passes.name_of(rewrite) == "keep_last_logits" for rewrite in listed):
-        raise UsageError(f"logits: {recipe.logits} and the pass keep_last_logits both cut the logits", fix="leave one of them out")
-    return (passes.load("keep_last_logits", {"keep": recipe.logits}), *listed)
+    names = [passes.name_of(rewrite) for rewrite in listed]
+    first: list[Pass] = []
+    if recipe.logits != "all":
+        if "keep_last_logits" in names:
+            raise UsageError(f"logits: {recipe.logits} and the pass keep_last_logits both cut the logits", fix="leave one of them out")
+        first.append(passes.load("keep_last_logits", {"keep": recipe.logits}))
+    if source and source.task.name == POOLED and "pool_sentences" not in names:
+        first.append(passes.load("pool_sentences", sentence.read_pooling(source.folder)))
+    return (*first, *listed)
 
 
 def copy_companions(source: ModelSource, folder: Path) -> None:
@@ -188,12 +217,15 @@ def scenarios_of(recipe: Recipe, source: ModelSource, artifact: Artifact) -> lis
     config = source.config.get_text_config()
     special = {value for name, value in config.to_dict().items() if name.endswith("token_id") and isinstance(value, int)}
     windows = {state.window for state in artifact.states if state.window}
+    if not artifact.states and (window := getattr(config, "sliding_window", None)):
+        windows = {window}
     built = build(
         artifact.limits,
         config.vocab_size,
         excluded=special,
         windows=windows,
         max_positions=getattr(config, "max_position_embeddings", None),
+        cached=bool(artifact.states),
     )
     wanted = recipe.parity.scenarios
     if wanted == "all":
@@ -211,13 +243,13 @@ def first_divergence(
     source: ModelSource,
     artifact: Artifact,
     chosen: list[Scenario],
-    expected: dict[str, Reference],
+    expected: dict[str, dict[str, Reference]],
     rows: Rows,
 ) -> list[str]:
     """Return a line that names the first stage and the first layer that diverge, for the first scenario that failed."""
     from calque.validation.bisect import bisect
     from calque.validation.drive import ModelIO
-    from calque.validation.reference import eager_states
+    from calque.validation.eager import eager_states
 
     failed = next(row["name"] for row in rows if row["status"] == "failed")
     scenario = next(scenario for scenario in chosen if scenario.name == failed)
@@ -238,7 +270,7 @@ def sessions(recipe: Recipe, target: Target, source: ModelSource, artifact: Arti
 
     model = trace(recipe, source)
     yield "trace", opened(model.copy())
-    for rewrite in plan_of(recipe, target):
+    for rewrite in plan_of(recipe, target, source):
         passes.run_one(rewrite, model)
         yield passes.name_of(rewrite), opened(model.copy())
     yield recipe.target, lambda: target.open(artifact, recipe.threads)
@@ -276,7 +308,7 @@ def plan(recipe: Recipe, progress: Callable[[str], None] = silent) -> dict[str, 
             model = trace(recipe, source)
             traced = len(model.graph.nodes)
         with stages("passes"):
-            counts = passes.run(plan_of(recipe, target), model)
+            counts = passes.run(plan_of(recipe, target, source), model)
             problems = target.problems(model)
     return {
         "model": source.id,

@@ -47,17 +47,20 @@ def sizes(model: TracedModel) -> dict[str, Any]:
     largest = max(elements.values(), default=0) * FP32
     # Converting holds one tensor, its cast and its transpose; proving holds the eager model, then the runtime's copy.
     converting = TOOLS_BYTES + NODE_BYTES * len(model.graph.nodes) + 3 * largest
-    per_token = weights - _looked_up(model)
     return {
         "parameters": sum(elements.values()),
         "weights_bytes": weights,
         "artifact_bytes": weights + COMPANION_BYTES,
         "disk_bytes": weights + COMPANION_BYTES,
         "peak_memory_bytes": {"convert": converting, "prove": TOOLS_BYTES + 2 * weights},
-        "decode_bytes_per_token": per_token,
-        # Every weight is read once for each token, so no runtime on this machine decodes one sequence faster.
-        "decode_tokens_per_s_at_best": round(bandwidth() / per_token, 1),
+        **(_decoding(model, weights) if model.states else {}),
     }
+
+
+def _decoding(model: TracedModel, weights: int) -> dict[str, Any]:
+    """Return what one token reads. Every weight once, so no runtime on this machine decodes one sequence faster."""
+    per_token = weights - _looked_up(model)
+    return {"decode_bytes_per_token": per_token, "decode_tokens_per_s_at_best": round(bandwidth() / per_token, 1)}
 
 
 def bandwidth() -> float:

@@ -86,7 +86,7 @@ def _outline(config: PreTrainedConfig, seed: int, task: Task, trust_remote_code:
     with buildable(config), torch.random.fork_rng(devices=[]), fake_parameters(FakeTensorMode(), stay_real):
         torch.manual_seed(seed)
         # A copy: building writes the resolved dtype and attention implementation into the config.
-        model: PreTrainedModel = getattr(transformers, task.auto_class).from_config(
+        model: PreTrainedModel = getattr(transformers, task.class_for(config)).from_config(
             copy.deepcopy(config), trust_remote_code=trust_remote_code
         )
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from calque import checkpoint, tasks
+from calque import checkpoint, sentence, tasks
 from calque.errors import SourceUnreadable, Unsupported, UsageError, WeightMismatch
 from calque.tasks import Task
 from calque.weights import Stored
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 BUILTIN = "builtin:"
 BUILTIN_FOLDER = Path(__file__).parent / "models"
 CONFIG = "config.json"
-# sentence-transformers' list of what follows the encoder: pooling, normalisation.
-SENTENCE_MODULES = "modules.json"
 
 # What travels into the artifact besides the weights. Source: the file names that transformers' save_pretrained writes,
 # and the licence files of the hub's largest families.
@@ -39,7 +38,7 @@ COMPANIONS = (
     "vocab.*",
     "merges.txt",
     "special_tokens_map.json",
-    SENTENCE_MODULES,
+    sentence.MODULES,
     "*_Pooling/config.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
@@ -97,7 +96,7 @@ class ModelSource:
         place = _locate(model, random_weights, trust_remote_code)
         config = _read_config(place.folder, trust_remote_code)
         folder = place.folder
-        meant = tasks.find(task) if task else tasks.infer(config, pooled=(folder / SENTENCE_MODULES).is_file())
+        meant = tasks.find(task) if task else tasks.infer(config, pooled=(folder / sentence.MODULES).is_file())
         _check_task(config, meant, place.id, trust_remote_code)
         if random_weights:
             folder = _randomized(place.folder, config, meant, scratch, trust_remote_code)
@@ -121,6 +120,22 @@ class ModelSource:
         """
         return _companions(self.folder)
 
+    def model_options(self) -> dict[str, Any]:
+        """Return what the model's class is told besides its config: to leave out a pooler whose weights were not saved."""
+        import transformers
+
+        table = getattr(transformers, self.auto_class)._model_mapping
+        if self.task.auto_class != "AutoModel" or type(self.config) not in table or any("pooler" in name for name in self.tensors):
+            return {}
+        found = table[type(self.config)]
+        made = found[0] if isinstance(found, tuple) else found
+        return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(made).parameters else {}
+
+    @property
+    def auto_class(self) -> str:
+        """The name of the class of transformers that loads the model for its task."""
+        return self.task.class_for(self.config)
+
     def load_eager(self, dtype: str = "float32") -> PreTrainedModel:
         """Return the untouched model, all of its weights loaded, for inference in ``dtype`` (torch's name).
 
@@ -134,7 +149,7 @@ class ModelSource:
         import transformers
 
         try:
-            loaded: Any = getattr(transformers, self.task.auto_class).from_pretrained(
+            loaded: Any = getattr(transformers, self.auto_class).from_pretrained(
                 self.folder,
                 dtype=getattr(torch, dtype),
                 attn_implementation="eager",
@@ -142,6 +157,7 @@ class ModelSource:
                 trust_remote_code=self.trust_remote_code,
                 local_files_only=not self.trust_remote_code,
                 output_loading_info=True,
+                **self.model_options(),
             )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             fix = "check that config.json and the weights belong together"

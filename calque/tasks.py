@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 POOLED = "sentence-similarity"
+_ENCODERS = "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES"
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,30 @@ class Task:
         """Return the names of transformers' classes that do this task."""
         from transformers.models.auto import modeling_auto
 
-        found: set[str] = set()
-        for value in getattr(modeling_auto, self.mapping).values():
-            found.update([value] if isinstance(value, str) else value)
-        return found
+        tables = [self.mapping, *([_ENCODERS] if self.auto_class == "AutoModel" else [])]
+        values = [value for table in tables for value in getattr(modeling_auto, table).values()]
+        return {name for value in values for name in ([value] if isinstance(value, str) else value)}
 
-    def fits(self, config: PreTrainedConfig) -> bool:
-        """Return whether transformers, or code that comes with the model, has a class of this task for the config's type."""
+    def class_for(self, config: PreTrainedConfig) -> str:
+        """Return the name of transformers' auto class; of a model that encodes and decodes, features are the encoder's."""
         import transformers
 
-        own_code = self.auto_class in (getattr(config, "auto_map", None) or {})
-        return own_code or type(config) in getattr(transformers, self.auto_class)._model_mapping
+        encoders = transformers.AutoModelForTextEncoding._model_mapping
+        encoder = self.auto_class == "AutoModel" and getattr(config, "is_encoder_decoder", False) and type(config) in encoders
+        return "AutoModelForTextEncoding" if encoder else self.auto_class
+
+    def fits(self, config: PreTrainedConfig) -> bool:
+        """Return whether transformers, or code that comes with the model, has a class of this task for texts of the config's type."""
+        import transformers
+
+        if self.auto_class in (getattr(config, "auto_map", None) or {}):
+            return True
+        classes = getattr(transformers, self.class_for(config))._model_mapping
+        if type(config) not in classes:
+            return False
+        found = classes[type(config)]
+        made = found[0] if isinstance(found, tuple) else found
+        return bool(made.main_input_name == "input_ids")
 
 
 # In the order in which a config's architectures are looked up: the plain encoder comes last, as every head has one inside.

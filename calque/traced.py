@@ -6,7 +6,7 @@ parameters, inputs and outputs, so that the program's signature, the weight tabl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,15 @@ class TracedModel:
         signature = self.program.graph_signature
         signature.output_specs.append(OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=node.name), target=None))
         self.outputs = (*self.outputs, spec)
+        self._rebuild_call_spec()
+
+    def keep_outputs(self, kept: Sequence[int]) -> None:
+        """Leave the outputs at those places alone, in that order."""
+        output = self.output_node()
+        output.args = (tuple(output.args[0][i] for i in kept),)  # type: ignore[index]
+        specs = self.program.graph_signature.output_specs
+        specs[:] = [specs[i] for i in kept]
+        self.outputs = tuple(self.outputs[i] for i in kept)
         self._rebuild_call_spec()
 
     def add_input(self, spec: TensorSpec, value: torch.Tensor) -> Node:
@@ -210,3 +219,20 @@ def source_of(node: Node) -> tuple[str, str]:
 def user_nodes(nodes: Iterable[Node], target: Any) -> list[Node]:
     """Return the call_function nodes of ``target``, in graph order."""
     return [node for node in nodes if node.op == "call_function" and node.target is target]
+
+
+def call(graph: torch.fx.Graph, target: Any, *args: Any, **keywords: Any) -> Node:
+    """Return a new node at the graph's insertion point that calls ``target``; it stands where its first argument does."""
+    node = graph.call_function(target, args, keywords)
+    above = node.all_input_nodes[0].meta
+    node.meta = {key: above[key] for key in ("nn_module_stack", "stack_trace") if key in above}
+    refresh(node)
+    return node
+
+
+def refresh(node: Node) -> None:
+    """Recompute the fake value of a node from its arguments, in the program's own fake mode."""
+    values = torch.fx.node.map_arg(node.args, lambda argument: argument.meta["val"])
+    mode = next(value for value in pytree.tree_leaves(values) if hasattr(value, "fake_mode")).fake_mode
+    with mode:
+        node.meta["val"] = node.target(*values, **node.kwargs)  # type: ignore[operator]

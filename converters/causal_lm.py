@@ -18,16 +18,18 @@ from types import MethodType
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import PreTrainedModel
 
 from calque.artifact import Limits, TensorSpec
 from calque.converters import patches, semantic
+from calque.converters.complex_numbers import write_in_real_numbers
+from calque.converters.positions import known
 from calque.converters.tidy import tidy
 from calque.converters.weight_names import weight_table
 from calque.errors import Unsupported
@@ -38,6 +40,22 @@ from calque.traced import TracedModel, user_nodes
 
 # Layer kinds whose whole state is keys and values. Anything else a config names needs states of another kind.
 KEY_VALUE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "moe", "mlp", "dense", "sparse"}
+
+# What an index goes through between its offset and its table.
+RESHAPES = {
+    torch.ops.aten.reshape.default,
+    torch.ops.aten.unsqueeze.default,
+    torch.ops.aten.expand.default,
+    torch.ops.aten.repeat.default,
+    torch.ops.aten._to_copy.default,
+}
+
+OTHER_STATES = {
+    "indexed_attention": "the keys of an index, which picks what attention sees",
+    "compressed_sparse_attention": "compressed keys and values",
+    "heavily_compressed_attention": "compressed keys and values",
+    "minimax_m3_sparse": "the keys of an index, which picks what attention sees",
+}
 
 # Example sizes while tracing: none is 0 or 1, which export would bake in, and no two mean the same.
 BATCH, SEQUENCE, PAST = 2, 3, 5
@@ -67,6 +85,7 @@ def trace(source: ModelSource) -> TracedModel:
         limits=limits,
     )
     tidy(traced)
+    write_in_real_numbers(traced)
     traced.states = with_windows(traced)
     traced.limits = with_learned_positions(traced)
     require(traced, table.entries)
@@ -74,25 +93,16 @@ def trace(source: ModelSource) -> TracedModel:
 
 
 def guard(source: ModelSource) -> None:
-    """Leave quietly if the config describes a causal language model that keys and values are enough for."""
+    """Leave quietly if keys and values are all the state that the config's model needs."""
     config = source.config
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    # The same type has other heads too: what was saved says which one the weights belong to.
-    other_head = config.architectures and not set(config.architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if not own_code and (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or other_head):
-        architectures = ", ".join(config.architectures or ["no architecture"])
-        raise Unsupported(
-            f"{source.id} ({config.model_type}: {architectures}) is not a causal language model",
-            fix="this release converts text-generation models; other tasks follow",
-        )
     if getattr(config, "quantization_config", None) is not None:
         raise Unsupported(f"{source.id} is a quantized checkpoint, which this release cannot read", fix="convert the unquantized model")
     kinds = set(getattr(config, "layer_types", None) or ()) - KEY_VALUE_LAYERS
     if kinds:
         raise Unsupported(
             f"{source.id} ({config.model_type}) needs states besides keys and values",
-            [f"layers of type {kind}: convolutional or recurrent state" for kind in sorted(kinds)],
-            "this release converts attention models; recurrent and convolutional states follow",
+            [f"layers of type {kind}: {OTHER_STATES.get(kind, 'convolutional or recurrent state')}" for kind in sorted(kinds)],
+            "this release converts attention models; other states follow",
         )
 
 
@@ -105,8 +115,8 @@ def build(source: ModelSource, mode: FakeTensorMode) -> PreTrainedModel:
     config = copy.deepcopy(source.config)
     config._attn_implementation = "eager"
     with buildable(config), fake_parameters(mode):
-        made: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
+        made: Any = getattr(transformers, source.auto_class).from_config(
+            config, dtype=torch.float32, trust_remote_code=source.trust_remote_code, **source.model_options()
         )
     model: PreTrainedModel = made.eval().requires_grad_(False)
     backbone = type(model)
@@ -146,7 +156,8 @@ def _call(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, 
     """Return the logits; positions are given to the models that take them, the others count the mask."""
     forward = type(model).forward
     extra = {"position_ids": positions} if "position_ids" in inspect.signature(forward).parameters else {}
-    out = forward(model, input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict=True, **extra)
+    with known(positions, mask):
+        out = forward(model, input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict=True, **extra)
     logits: Tensor = out.logits
     return logits
 
@@ -170,9 +181,18 @@ def export(model: PreTrainedModel, mode: FakeTensorMode, layers: dict[int, tuple
         mask = torch.ones(BATCH, PAST + SEQUENCE, dtype=torch.int64)
     batch, sequence, held = Dim("batch_size"), Dim("sequence_length"), Dim("past_sequence_length")
     dims = ({0: batch, 1: sequence}, {0: batch, 1: Dim.DYNAMIC}, {0: batch, 1: sequence}, tuple({0: batch, 2: held} for _ in past))
+    return exported(model, (ids, mask, torch.zeros_like(ids), *past), dims)
+
+
+def exported(model: PreTrainedModel, arguments: tuple[Tensor, ...], dims: tuple[Any, ...]) -> torch.export.ExportedProgram:
+    """Return the program of ``model.forward``, which was put there for the trace and is taken away again.
+
+    Raises:
+        Unsupported: the model's code cannot be held by one graph.
+    """
     try:
         with torch.no_grad():
-            return torch.export.export(model, (ids, mask, torch.zeros_like(ids), *past), dynamic_shapes=dims, strict=False)
+            return torch.export.export(model, arguments, dynamic_shapes=dims, strict=False)
     except Exception as error:  # torch.export documents no common error class; all of them mean the same here
         raise Unsupported(
             f"{model.config.model_type} cannot be traced: {type(error).__name__}",
@@ -201,7 +221,10 @@ def with_windows(model: TracedModel) -> tuple[StateSpec, ...]:
     windows: dict[int, int] = {}
     for attention in user_nodes(model.graph.nodes, torch.ops.calque.attention.default):
         mask = attention.args[3]
-        if not isinstance(mask, Node) or mask.target is not torch.ops.calque.attention_mask.default or mask.args[2] != "sliding":
+        if not isinstance(mask, Node) or mask.target is not torch.ops.calque.attention_mask.default:
+            continue
+        # One with an overlay is custom, and keeps its window where it is a sliding one.
+        if mask.args[2] not in ("sliding", "custom") or not mask.args[3]:
             continue
         update = _ancestor(attention.args[1], torch.ops.calque.cache_update.default)
         if update is not None:
@@ -217,22 +240,40 @@ def _ancestor(node: Any, target: Any) -> Node | None:
 
 
 def with_learned_positions(model: TracedModel) -> Limits:
-    """Return the limits with ``max_length`` where a table of learned positions ends: past it there is no row to read."""
+    """Return the limits with ``max_length`` where a table of positions ends: past it there is no row to read."""
     positions = {model.placeholders()[name] for name in ("position_ids", "attention_mask")}
     limits = model.limits
-    for node in user_nodes(model.graph.nodes, torch.ops.aten.embedding.default):
-        offset, index = _offset(node.args[1])
-        if _depends_only_on(index, positions):
-            rows = int(node.args[0].meta["val"].shape[0]) - offset  # type: ignore[union-attr]
-            limits = replace(limits, max_length=min(rows, limits.max_length or rows))
+    for node in model.graph.nodes:
+        for table, axis, index in _lookups(node):
+            offset, index = _offset(index)
+            rows = table.meta["val"].shape[axis]
+            if isinstance(rows, int) and _depends_only_on(index, positions):
+                limits = replace(limits, max_length=min(rows - offset, limits.max_length or rows))
     return limits
+
+
+def _lookups(node: Node) -> list[tuple[Node, int, Node]]:
+    """Return what the node reads by index: the table, along which axis, at which indices (learned, or sines as in GPT-J)."""
+    aten = torch.ops.aten
+    args: Any = node.args
+    if node.target is aten.embedding.default:
+        return [(args[0], 0, args[1])]
+    if node.target in (aten.index_select.default, aten.gather.default):
+        return [(args[0], args[1], args[2])]
+    if node.target is aten.index.Tensor:
+        return [(args[0], axis, index) for axis, index in enumerate(args[1]) if index is not None]
+    return []
 
 
 def _offset(node: Any) -> tuple[int, Any]:
     """Return the constant added to an index, and the index before it was added (OPT's table begins at row 2)."""
     offset = 0
-    while isinstance(node, Node) and node.target is torch.ops.aten.add.Tensor and isinstance(node.args[1], int):
-        offset, node = offset + node.args[1], node.args[0]
+    while isinstance(node, Node):
+        if node.target is torch.ops.aten.add.Tensor and isinstance(node.args[1], int):
+            offset += node.args[1]
+        elif node.target not in RESHAPES:
+            break
+        node = node.args[0]
     return offset, node
 
 
@@ -247,6 +288,8 @@ def _depends_only_on(node: Any, roots: set[Node]) -> bool:
         seen.add(current)
         if current.op == "placeholder":
             leaves.add(current)
+        elif _lookups(current):
+            return False  # what a table says of a position is no position
         stack.extend(current.all_input_nodes)
     tokens = {leaf for leaf in leaves if leaf.name == "input_ids"}
     return bool(leaves & roots) and not tokens

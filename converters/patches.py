@@ -6,17 +6,19 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from calque.artifact import Limits
+from calque.converters import positions
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A replacement for the forward of the modules that ``where`` picks, and what it does to the model's limits.
+    """A replacement for a method of the modules that ``where`` picks, and what it does to the model's limits.
 
     ``expires``: what upstream would have to do for the patch to go; a test fails once that is so.
     """
@@ -29,6 +31,7 @@ class Patch:
     link: str
     versions: str
     expires: str
+    method: str = "forward"
 
 
 def rope_types(module: Any) -> set[str]:
@@ -93,6 +96,22 @@ def _length_limit(module: Any, limits: Limits) -> Limits:
     return replace(limits, max_length=min(longest, limits.max_length or longest))
 
 
+def gaussian_top_forward(module: Any, inputs: Tensor) -> Tensor:
+    """Return what of the inputs, [B, S, F], lies above the quantile of a normal distribution with their mean and deviation."""
+    quantile = NormalDist().inv_cdf(float(module.activation_sparsity))
+    mean, deviation = inputs.mean(-1, keepdim=True), inputs.std(-1, keepdim=True, unbiased=False)
+    return torch.relu(inputs - (mean + deviation * quantile))
+
+
+def _unlimited(module: nn.Module, limits: Limits) -> Limits:
+    return limits
+
+
+def _alibi_limit(module: Any, limits: Limits) -> Limits:
+    longest = int(module.max_seq_length)
+    return replace(limits, max_length=min(longest, limits.max_length or longest))
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         name="longrope_per_row",
@@ -116,6 +135,80 @@ PATCHES: tuple[Patch, ...] = (
         versions="transformers 5.x",
         expires="the forward of a dynamic-NTK rotary module can be exported without a data-dependent guard",
     ),
+    Patch(
+        name="position_table_by_position",
+        where=positions.counts_slots,
+        replacement=positions.table_forward,
+        limits=_unlimited,
+        reason="decoders of the BART family read their position table at cache slots, padding counted, and take no positions: "
+        "a padded row would differ from the row alone",
+        link="transformers/models/bart/modeling_bart.py, BartLearnedPositionalEmbedding and BartDecoder.forward",
+        versions="transformers 5.x",
+        expires="the forward of BartForCausalLM takes position_ids",
+    ),
+    Patch(
+        name="position_table_of_fixed_length",
+        where=positions.grows,
+        replacement=positions.fixed_table_forward,
+        limits=_unlimited,
+        reason="XGLM makes its table of sines longer while it runs, which bounds both lengths at export and reads it by Python",
+        link="transformers/models/xglm/modeling_xglm.py, XGLMSinusoidalPositionalEmbedding.forward",
+        versions="transformers 5.x",
+        expires="XGLMSinusoidalPositionalEmbedding has no make_weights",
+    ),
+    Patch(
+        name="positions_after_padding_index",
+        where=positions.starts_after_padding_index,
+        replacement=positions.offset_forward,
+        limits=_unlimited,
+        reason="embeddings of the RoBERTa family count positions from padding_idx + 1 where none are given, and from 0 where they are: "
+        "the graph's positions count from 0 for every model",
+        link="transformers/models/roberta/modeling_roberta.py, RobertaEmbeddings.forward",
+        versions="transformers 5.x",
+        expires="RobertaEmbeddings gives the same for position_ids 0, 1, 2… and for none",
+    ),
+    Patch(
+        name="temperature_by_position",
+        where=positions.tunes_temperature,
+        replacement=positions.temperature_forward,
+        limits=_unlimited,
+        reason="Llama 4 scales the queries of its layers without rotary embedding by cache slot, padding counted",
+        link="transformers/models/llama4/modeling_llama4.py, Llama4TextAttention.forward",
+        versions="transformers 5.x",
+        expires="a left-padded row's queries equal those of the row alone",
+    ),
+    Patch(
+        name="alibi_by_position",
+        where=lambda module: type(module).__name__ == "MptAttention",
+        replacement=positions.alibi_forward,
+        limits=_alibi_limit,
+        reason="MPT measures ALiBi's distance in cache slots: the gap that right padding leaves in the cache counts as distance",
+        link="transformers/models/mpt/modeling_mpt.py, MptAttention.forward and build_mpt_alibi_tensor",
+        versions="transformers 5.x",
+        expires="MptModel builds its ALiBi bias from the attention mask, as Bloom does",
+    ),
+    Patch(
+        name="local_attention_by_position",
+        where=lambda module: type(module).__name__ == "GPTNeoSelfAttention",
+        replacement=positions.local_attention,
+        limits=_unlimited,
+        reason="GPT-Neo cuts its mask out of a table by length, which bounds both lengths at export, and measures its window in cache slots",
+        link="transformers/models/gpt_neo/modeling_gpt_neo.py, GPTNeoSelfAttention._attn",
+        versions="transformers 5.x",
+        expires="GPTNeoSelfAttention has no mask buffer",
+        method="_attn",
+    ),
+    Patch(
+        name="gaussian_quantile_constant",
+        where=lambda module: hasattr(module, "_gaussian_topk") and hasattr(module, "activation_sparsity"),
+        replacement=gaussian_top_forward,
+        limits=_unlimited,
+        reason="Gemma 3n computes the quantile of its activation sparsity, a constant, with an operator that no runtime has (erf_inv)",
+        link="transformers/models/gemma3n/modeling_gemma3n.py, Gemma3nTextMLP._gaussian_topk",
+        versions="transformers 5.x",
+        expires="the graph of Gemma3nTextMLP has no erfinv",
+        method="_gaussian_topk",
+    ),
 )
 
 
@@ -124,7 +217,7 @@ def apply(model: nn.Module) -> tuple[Limits, tuple[str, ...]]:
     limits, used = Limits(), []
     for patch in PATCHES:
         for module in filter(patch.where, model.modules()):
-            module.forward = functools.partial(patch.replacement, module)
+            setattr(module, patch.method, functools.partial(patch.replacement, module))
             limits = patch.limits(module, limits)
             used.append(patch.name)
     return limits, tuple(dict.fromkeys(used))

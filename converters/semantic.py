@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ _KINDS: dict[CodeType, str] = {
     masks.create_bidirectional_mask.__code__: "bidirectional",
     masks.create_bidirectional_sliding_window_mask.__code__: "custom",
 }
+# What a model lays over the mask, in the order in which transformers does.
 _OVERLAYS = ("or_mask_function", "and_mask_function", "block_sequence_ids")
 
 
@@ -49,27 +50,46 @@ def semantic_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Return the attention of one layer as one operator, [B, Q, H, Dv], and no weights."""
+    """Return the attention of one layer as one operator, [B, Q, H, Dv], and no weights.
+
+    A bias by position has no place in the operator: such attention (T5's) is written out.
+    """
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    if position_bias is not None:
+        return _biased_attention(query, key, value, attention_mask, scale, position_bias).transpose(1, 2).contiguous(), None
     out = torch.ops.calque.attention(query, key, value, attention_mask, scale, float(softcap or 0.0), s_aux, causal)
     return out.transpose(1, 2).contiguous(), None
 
 
+def _biased_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, bias: Tensor) -> Tensor:
+    scores = query @ key.transpose(2, 3) * scale + bias
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1) @ value
+
+
 def mask_kind() -> str:
-    """Return the kind of the mask that is being made; ``custom`` where the model lays a function of its own over it.
+    """Return the kind of the mask that is being made; ``custom`` where the model lays a function of its own over it."""
+    kind, overlays = _meaning()
+    return "custom" if overlays else kind
+
+
+def _meaning() -> tuple[str, dict[str, Any]]:
+    """Return the kind of mask that is being made, and what is laid over it.
 
     Read off the calling ``create_*_mask``, found by its code object: the mask interface is told only the functions.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code in _KINDS:
-            overlaid = any(frame.f_locals.get(name) is not None for name in _OVERLAYS)
-            return "custom" if overlaid else _KINDS[frame.f_code]
-        frame = frame.f_back  # type: ignore[assignment]
-    return "custom"
+            overlays = {name: laid for name in _OVERLAYS if (laid := frame.f_locals.get(name)) is not None}
+            return _KINDS[frame.f_code], overlays
+        frame = frame.f_back
+    return "custom", {}
 
 
 def semantic_mask(
@@ -85,17 +105,26 @@ def semantic_mask(
     **_: Any,
 ) -> Tensor:
     """Return the mask of one kind of layer, bool [B, 1, Q, K], as one operator that says what it means."""
-    kind, window = mask_kind(), int(local_size or 0)
+    (kind, overlays), window = _meaning(), int(local_size or 0)
     if attention_mask is None:
         attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-    if kind == "custom":
-        full = masks.sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
+
+    def by_slot(function: Callable[..., Any]) -> Tensor:
+        full: Tensor = masks.sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, function, attention_mask, local_size,
             allow_is_causal_skip=False, allow_is_bidirectional_skip=False, use_vmap=False, device=device,
         )  # fmt: skip
+        return full
+
+    if kind == "custom":
+        full = by_slot(mask_function)
     else:
         full = ops.visible(attention_mask, q_offset, q_length, kv_length, kind, window)
-    masked: Tensor = torch.ops.calque.attention_mask(full, attention_mask, kind, window)
+        for name, laid in overlays.items():
+            over = by_slot(masks.blockwise_overlay(laid) if name == "block_sequence_ids" else laid)
+            full = full & over if name == "and_mask_function" else full | over
+    window = window if kind == "sliding" or not overlays else 0
+    masked: Tensor = torch.ops.calque.attention_mask(full, attention_mask, "custom" if overlays else kind, window)
     return masked
 
 

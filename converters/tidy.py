@@ -8,6 +8,9 @@
     before  to(x, dtype)  to(x, device, dtype)  type_as(x, y)      a & b on bool
     after   _to_copy(x, dtype=…)                               logical_and(a, b)
 
+    before  x * y in bfloat16
+    after   to bfloat16(to float32(x) * to float32(y))         the same bits: that is how a CPU does it
+
     before  view(x, shape)
     after   reshape(x, shape)
 
@@ -41,6 +44,8 @@ COPIES = {
     aten.clone.default,
 }
 CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.to.other, aten.type_as.default}
+# Falcon rounds its ALiBi to bfloat16, in which the CPU kernels of runtimes do not compute.
+ARITHMETIC = {aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor}
 # ``&`` and ``|`` on masks: one spelling, which every target has a word for.
 LOGICAL = {
     aten.__and__.Tensor: aten.logical_and.default,
@@ -62,6 +67,9 @@ def tidy(model: TracedModel) -> int:
         elif _says_nothing(node):
             node.replace_all_uses_with(node.args[0])
             model.graph.erase_node(node)
+            count += 1
+        elif node.target in ARITHMETIC and node.meta["val"].dtype == torch.bfloat16:
+            _in_float32(model, node)
             count += 1
         elif node.target in CASTS and node.target is not aten._to_copy.default:
             _as_plain_cast(model, node)
@@ -133,6 +141,23 @@ def _says_nothing(node: Node) -> bool:
         sizes = node.args[1]
         return bool(len(sizes) == node.args[0].meta["val"].dim() and all(size == -1 for size in sizes))  # type: ignore[union-attr, arg-type]
     return False
+
+
+def _in_float32(model: TracedModel, node: Node) -> None:
+    """Leave the operator computing in float32, its result rounded to bfloat16 as before."""
+
+    def cast(value: Node, dtype: torch.dtype) -> Node:
+        plain = model.graph.call_function(aten._to_copy.default, (value,), {"dtype": dtype})
+        plain.meta = {**node.meta, "val": value.meta["val"].to(dtype)}
+        return plain
+
+    with model.graph.inserting_before(node):
+        wide = [cast(value, torch.float32) if isinstance(value, Node) else value for value in node.args]
+        exact = model.graph.call_function(node.target, tuple(wide), node.kwargs)
+        exact.meta = {**node.meta, "val": node.meta["val"].to(torch.float32)}
+        rounded = cast(exact, torch.bfloat16)
+    node.replace_all_uses_with(rounded)
+    model.graph.erase_node(node)
 
 
 def _as_plain_cast(model: TracedModel, node: Node) -> None:

@@ -8,7 +8,7 @@ Source: transformers/core_model_loading.py, convert_and_load_state_dict_in_model
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,14 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from calque.weights import DTYPES, Derived, Stored, Weight, WeightTable, cast, torch_dtype_name
 
 # Tensors that old checkpoints hold and no model needs: masks and rotary tables that are computed from the config.
-WAIVED = (r"rotary_emb\.inv_freq$", r"\.masked_bias$", r"\.attn\.bias$", r"\.attention\.bias$", r"\.attention\.masked_bias$")
+WAIVED = (
+    r"embeddings\.position_ids$",
+    r"rotary_emb\.inv_freq$",
+    r"\.masked_bias$",
+    r"\.attn\.bias$",
+    r"\.attention\.bias$",
+    r"\.attention\.masked_bias$",
+)
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
@@ -47,14 +54,14 @@ class _Conversion:
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
 
-def weight_table(model: PreTrainedModel, tensors: Mapping[str, Stored], origin: str) -> WeightTable:
+def weight_table(model: PreTrainedModel, tensors: Mapping[str, Stored], origin: str, waived: Sequence[str] = ()) -> WeightTable:
     """Return the table of ``model``, whose parameters are fake, over the ``tensors`` of a checkpoint.
 
     Every entry has the dtype of its parameter in ``model``. Tied names share one entry. ``required`` is left empty: the
-    graph, once traced, says which of the names it needs.
+    graph, once traced, says which of the names it needs. ``waived``: patterns of tensors that no one need read.
     """
     state = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent_buffers(model)}
-    entries, unused = _match(model, tensors, state)
+    entries, unused = _match(model, tensors, state, waived)
     table: dict[str, Weight] = {name: cast(weight, _name(state[name])) for name, weight in entries.items()}
     _tie(model, state, table)
     return WeightTable(table, unused=tuple(unused), available=tuple(tensors), origin=origin)
@@ -74,13 +81,15 @@ def _persistent_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
 
 
-def _match(model: PreTrainedModel, tensors: Mapping[str, Stored], state: Mapping[str, Any]) -> tuple[dict[str, Weight], list[str]]:
+def _match(
+    model: PreTrainedModel, tensors: Mapping[str, Stored], state: Mapping[str, Any], waived: Sequence[str]
+) -> tuple[dict[str, Weight], list[str]]:
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     prefix = model.base_model_prefix
-    waived = [re.compile(pattern) for pattern in (*WAIVED, *(model._keys_to_ignore_on_load_unexpected or ()))]
+    patterns = [re.compile(pattern) for pattern in (*WAIVED, *waived, *(model._keys_to_ignore_on_load_unexpected or ()))]
 
     entries: dict[str, Weight] = {}
     unused: list[str] = []
@@ -91,7 +100,7 @@ def _match(model: PreTrainedModel, tensors: Mapping[str, Stored], state: Mapping
         if name not in state and key in state:
             name, pattern = rename_source_key(key, [], [], prefix, dict(state))
         if name not in state:
-            if not any(regex.search(key) or regex.search(name) for regex in waived):
+            if not any(regex.search(key) or regex.search(name) for regex in patterns):
                 unused.append(key)
         elif pattern is None:
             entries[name] = tensors[key]

@@ -10,12 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from calque.errors import RecipeError, UsageError
 from calque.options import construct
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from calque.traced import TracedModel
 
 
@@ -34,6 +37,15 @@ class Pass(Protocol):
 
     def apply(self, model: TracedModel) -> Rewrites:
         """Rewrite ``model`` in place and return what was done."""
+        ...
+
+
+@runtime_checkable
+class ChangesOutputs(Protocol):
+    """A pass after which the model gives something else, so that it also says what is to be expected."""
+
+    def expected(self, eager: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        """Return what the outputs of the untouched model for one row alone become."""
         ...
 
 
@@ -90,11 +102,17 @@ def check_order(plan: Sequence[Pass]) -> None:
 
 def run(plan: Sequence[Pass], model: TracedModel) -> dict[str, int]:
     """Return how many rewrites each pass made; the graph is verified after each."""
+    return {name: done.count for name, done in run_all(plan, model).items()}
+
+
+def run_all(plan: Sequence[Pass], model: TracedModel) -> dict[str, Rewrites]:
+    """Return what each pass did and left alone, by name; the graph is verified after each."""
     check_order(plan)
-    counts: dict[str, int] = {}
+    done: dict[str, Rewrites] = {}
     for rewrite in plan:
-        counts[name_of(rewrite)] = counts.get(name_of(rewrite), 0) + run_one(rewrite, model).count
-    return counts
+        before, now = done.get(name_of(rewrite), Rewrites(0)), run_one(rewrite, model)
+        done[name_of(rewrite)] = Rewrites(before.count + now.count, (*before.skipped, *now.skipped))
+    return done
 
 
 def run_one(rewrite: Pass, model: TracedModel) -> Rewrites:
@@ -102,3 +120,11 @@ def run_one(rewrite: Pass, model: TracedModel) -> Rewrites:
     done = rewrite.apply(model)
     model.finish_rewrite()
     return done
+
+
+def expected(plan: Sequence[Pass], outputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """Return what the untouched model's outputs for one row become by the passes that change what a model gives."""
+    for rewrite in plan:
+        if isinstance(rewrite, ChangesOutputs):
+            outputs = rewrite.expected(outputs)
+    return outputs

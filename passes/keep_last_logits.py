@@ -21,6 +21,7 @@ from torch.fx import Node
 from calque.artifact import NUM_LOGITS_TO_KEEP, TensorSpec
 from calque.errors import Unsupported
 from calque.passes import Rewrites
+from calque.traced import call, refresh
 
 if TYPE_CHECKING:
     from calque.traced import TracedModel
@@ -46,6 +47,8 @@ class KeepLastLogits:
         Raises:
             Unsupported: what produces the logits is not a linear head.
         """
+        if not model.states:
+            raise Unsupported("keep_last_logits is for models that generate; this one keeps no states", fix="leave `logits` out")
         if model.outputs[0].shape[1] != "sequence_length":
             return Rewrites(0)
         chain = head_chain(model.output_node().args[0][0])  # type: ignore[index, arg-type]
@@ -56,7 +59,7 @@ class KeepLastLogits:
             kept = self._kept(model, hidden)
         head.replace_input_with(hidden, kept)
         for node in chain:
-            _refresh(node)
+            refresh(node)
         length: int | str = 1 if self.keep == "last" else NUM_LOGITS_TO_KEEP
         batch, _, vocabulary = model.outputs[0].shape
         model.outputs = (replace(model.outputs[0], shape=(batch, length, vocabulary)), *model.outputs[1:])
@@ -64,16 +67,11 @@ class KeepLastLogits:
 
     def _kept(self, model: TracedModel, hidden: Node) -> Node:
         if self.keep == "last":
-            kept = model.graph.call_function(aten.slice.Tensor, (hidden, 1, -1, 2**63 - 1))
-        else:
-            mode = hidden.meta["val"].fake_mode
-            with mode:
-                value = torch.empty((), dtype=torch.int64)
-            count = model.add_input(TensorSpec(NUM_LOGITS_TO_KEEP, "int64", ()), value)
-            kept = model.graph.call_function(torch.ops.calque.keep_last.default, (hidden, count))
-        kept.meta = {key: hidden.meta[key] for key in ("nn_module_stack", "stack_trace") if key in hidden.meta}
-        _refresh(kept)
-        return kept
+            return call(model.graph, aten.slice.Tensor, hidden, 1, -1, 2**63 - 1)
+        with hidden.meta["val"].fake_mode:
+            value = torch.empty((), dtype=torch.int64)
+        count = model.add_input(TensorSpec(NUM_LOGITS_TO_KEEP, "int64", ()), value)
+        return call(model.graph, torch.ops.calque.keep_last.default, hidden, count)
 
 
 def head_chain(logits: Node) -> list[Node]:
@@ -92,11 +90,3 @@ def head_chain(logits: Node) -> list[Node]:
             )
         chain.insert(0, above)
     return chain
-
-
-def _refresh(node: Node) -> None:
-    """Recompute the fake value of a node from its arguments, in the program's own fake mode."""
-    values = torch.fx.node.map_arg(node.args, lambda argument: argument.meta["val"])
-    mode = next(value for value in torch.utils._pytree.tree_leaves(values) if hasattr(value, "fake_mode")).fake_mode
-    with mode:
-        node.meta["val"] = node.target(*values, **node.kwargs)  # type: ignore[operator]

@@ -36,6 +36,8 @@ def generate(folder: Path | str, prompt: str, max_new_tokens: int, chat: bool = 
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}, at least 1 expected")
     artifact = load(folder)
+    if not artifact.states:
+        raise Unsupported(f"{folder} encodes text, it does not continue it", fix="run its graph, as docs/artifact.md shows")
     tokenizer = _tokenizer(folder)
     text = chat_prompt(folder, prompt) if chat else prompt
     # A chat template writes its special tokens itself.

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 OPSET = 23
+ASSERTIONS = {torch.ops.aten._assert_scalar.default, torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_async.msg}
 LOWEST = float(torch.finfo(torch.float32).min)
 
 Table = Mapping[Any, Callable[..., Any]]
@@ -158,6 +159,10 @@ def _decomposed(program: ExportedProgram, table: Table) -> ExportedProgram:
     from torch.onnx._internal.exporter import _decomp
 
     decomposed: ExportedProgram = program.run_decompositions(_decomp.create_onnx_friendly_decomposition_table({*translated(), *table}))
+    # Tracing again puts torch's assertions on sizes back, which say nothing of the result.
+    for node in [node for node in decomposed.graph.nodes if node.target in ASSERTIONS and not node.users]:
+        decomposed.graph.erase_node(node)
+    decomposed.graph.eliminate_dead_code()
     return decomposed
 
 

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -63,8 +63,8 @@ class OnnxRuntime:
 
         ir.save(lowered, folder / FILE, external_data=DATA)
         graph = GraphSpec(FILE, model.inputs, model.outputs)
-        # Standard operators take the true mask and true positions, so every padding side and chunk is exact.
-        return Emitted({"model": graph}, replace(model.limits, padding="any", batched_chunk=True))
+        # Standard operators take the mask and positions of the trace: what the trace is exact for, the artifact is.
+        return Emitted({"model": graph}, model.limits)
 
     def open(self, artifact: Artifact, threads: int = 0) -> Session:
         """Return a session of ONNX Runtime on this machine's CPU."""

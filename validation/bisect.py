@@ -7,25 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from calque.errors import CalqueError, ParityFailed
 from calque.validation.compare import Row, compare
-from calque.validation.drive import Answer, ModelIO, answers, state_of
-from calque.validation.scenarios import PAD
+from calque.validation.drive import Answer, ModelIO, answers
+from calque.validation.layers import EagerStates, Gap, StateOf, from_eager, gaps_of, growing_states, valid_slots
 from calque.validation.tolerance import tolerance
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from calque.session import Session
-    from calque.states import StateSpec
     from calque.validation.reference import Reference
     from calque.validation.scenarios import Scenario
 
 Stage = tuple[str, "Callable[[], Session]"]
-# The keys and values of one row alone, by output name, [1, heads, tokens, size]; None where only stages can be compared.
-EagerStates = Callable[[Sequence[int]], Mapping[str, "NDArray[np.float32]"]]
 
 
 @dataclass(frozen=True)
@@ -38,17 +31,8 @@ class Divergence:
     text: str
 
 
-@dataclass(frozen=True)
-class _Gap:
-    """How far one state output lies from what it should be, in σ of that."""
-
-    layer: int
-    kind: str
-    sigma: float
-
-
 def bisect(
-    stages: Sequence[Stage], io: ModelIO, scenario: Scenario, reference: Reference, eager: EagerStates | None = None
+    stages: Sequence[Stage], io: ModelIO, scenario: Scenario, references: Mapping[str, Reference], eager: EagerStates | None = None
 ) -> Divergence | None:
     """Return where the scenario first diverges, None if every stage passes it.
 
@@ -58,55 +42,36 @@ def bisect(
     before: Session | None = None
     for name, open_stage in stages:
         session = open_stage()
-        row = compare(session, io, scenario, reference)
+        row = compare(session, io, scenario, references)
         if row["status"] == "failed":
             return _within(name, session, io, scenario, row, _expected(io, scenario, before, eager))
         before = session
     return None
 
 
-Expected = Callable[[Answer], "Callable[[StateSpec, int], NDArray[np.generic]]"]
+Expected = Callable[[Answer], StateOf]
 
 
 def _expected(io: ModelIO, scenario: Scenario, before: Session | None, eager: EagerStates | None) -> Expected | None:
     """Return what gives, for a call, the expected state of one row at its valid positions: [heads, positions, size]."""
     if eager is not None:
-
-        def from_eager(answer: Answer) -> Callable[[StateSpec, int], NDArray[np.generic]]:
-            known: dict[int, Mapping[str, NDArray[np.float32]]] = {}
-
-            def state(spec: StateSpec, row: int) -> NDArray[np.generic]:
-                if row not in known:
-                    known.clear()  # one row's states at a time
-                    known[row] = eager(scenario.rows[row][: int(answer.history[row].max()) + 1])
-                whole: NDArray[np.generic] = known[row][spec.output][0]
-                return whole
-
-            return state
-
-        return from_eager
+        return lambda answer: from_eager(eager, scenario, answer)
     if before is None:
         return None
     # Both are driven in step, so that only one call's outputs of each are held.
     earlier = answers(before, io, scenario)
 
-    def from_stage(answer: Answer) -> Callable[[StateSpec, int], NDArray[np.generic]]:
+    def from_stage(answer: Answer) -> StateOf:
         same = next(earlier)
-        return lambda spec, row: _valid(spec, same, row)
+        return lambda spec, row: valid_slots(spec, same, row)
 
     return from_stage
-
-
-def _valid(spec: StateSpec, answer: Answer, row: int) -> NDArray[np.generic]:
-    slots = np.flatnonzero(answer.history[row] != PAD)
-    taken: NDArray[np.generic] = np.take(state_of(answer, spec)[row], slots, axis=(spec.grow_axis or 2) - 1)
-    return taken
 
 
 def _within(stage: str, session: Session, io: ModelIO, scenario: Scenario, failed: Row, expected: Expected | None) -> Divergence:
     """Return the first call's first layer whose state is wrong."""
     limit = tolerance(io.dtype).limit(io.layers)
-    specs = sorted((spec for spec in io.states if spec.update == "append"), key=lambda spec: spec.layer)
+    specs = growing_states(io)
     head = f"first diverges at stage '{stage}'"
     if scenario.refuse:
         return Divergence(stage, None, None, f"{head}: {failed['reason']}")
@@ -114,7 +79,7 @@ def _within(stage: str, session: Session, io: ModelIO, scenario: Scenario, faile
         return Divergence(stage, None, None, f"{head}: {failed['reason']}; there are no states to compare")
     try:
         for answer in answers(session, io, scenario):
-            gaps = _gaps(specs, answer, expected(answer))
+            gaps = gaps_of(specs, answer, expected(answer))
             wrong = [gap for gap in gaps if not gap.sigma <= limit]
             if wrong:
                 return _named(stage, f"{head}, ", gaps, wrong, answer.number)
@@ -126,27 +91,7 @@ def _within(stage: str, session: Session, io: ModelIO, scenario: Scenario, faile
     return Divergence(stage, None, None, text)
 
 
-def _gaps(specs: Sequence[StateSpec], answer: Answer, expected: Callable[[StateSpec, int], NDArray[np.generic]]) -> list[_Gap]:
-    worst = {(spec.layer, spec.kind): 0.0 for spec in specs}
-    for row in range(answer.history.shape[0]):
-        if answer.history[row].max() == PAD:
-            continue
-        for spec in specs:
-            want = np.asarray(expected(spec, row), dtype=np.float32)
-            got = np.asarray(_valid(spec, answer, row), dtype=np.float32)
-            key = (spec.layer, spec.kind)
-            worst[key] = max(worst[key], _distance(want, got))
-    return [_Gap(layer, kind, sigma) for (layer, kind), sigma in worst.items()]
-
-
-def _distance(want: NDArray[np.float32], got: NDArray[np.float32]) -> float:
-    """Return max |Δ| in σ of the expected state; infinity where shapes differ or a value is not finite."""
-    if want.shape != got.shape or not np.isfinite(got).all():
-        return math.inf
-    return float(np.abs(want - got).max() / (want.std() or 1.0))
-
-
-def _named(stage: str, head: str, gaps: Sequence[_Gap], wrong: Sequence[_Gap], call: int) -> Divergence:
+def _named(stage: str, head: str, gaps: Sequence[Gap], wrong: Sequence[Gap], call: int) -> Divergence:
     first = wrong[0]
     kinds = [gap.kind for gap in wrong if gap.layer == first.layer]
     size = f"{first.sigma:.1e} σ" if math.isfinite(first.sigma) else "NaN, infinity or another shape"

@@ -1,9 +1,10 @@
-"""One scenario run and compared with its reference, in σ of the row's logits, on valid positions only."""
+"""One scenario run and compared with its reference, in σ of each output, on valid positions only."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+# The output whose largest value is an answer: the likeliest token or label.
+RANKED = "logits"
 # Positions compared at a time: the difference of one piece is held in float32 beside the logits themselves.
 STEP = 64
 # How the reason begins where the session gave no answer at all.
@@ -33,10 +36,11 @@ class Comparison:
     """The differences met so far. ``worst`` and ``mean`` are in σ; ``faults`` are lines, first position first."""
 
     scenario: Scenario
-    reference: Reference
+    references: Mapping[str, Reference]
     limit: float
     noise: float
     positions: int = 0
+    ranked: int = 0
     worst: float = 0.0
     total: float = 0.0
     elements: int = 0
@@ -48,16 +52,17 @@ class Comparison:
         """Count one row's positions of one call."""
         for start in range(0, len(reached.positions), STEP):
             part = slice(start, start + STEP)
-            self._add(reached, reached.positions[part], np.asarray(reached.logits[part]))
+            self._add(reached, reached.positions[part], np.asarray(reached.values[part]))
 
-    def _add(self, reached: Reached, positions: NDArray[np.int64], logits: NDArray[np.generic]) -> None:
-        expected = self.reference.tables[reached.row, reached.beyond].at(positions)
-        columns = self.reference.columns
-        got = logits.astype(np.float32, copy=False)
+    def _add(self, reached: Reached, positions: NDArray[np.int64], values: NDArray[np.generic]) -> None:
+        reference = self.references[reached.output]
+        expected = reference.tables[reached.row, reached.beyond].at(positions)
+        columns = reference.columns
+        got = values.astype(np.float32, copy=False)
         chosen = got if columns is None else got[:, columns[columns < got.shape[1]]]
-        if chosen.shape != expected.logits.shape:
-            wanted = expected.logits.shape[1] if columns is None else f"more than {columns[-1]}"
-            raise ParityFailed(f"logits has a vocabulary of {got.shape[1]}, the eager model's has {wanted}")
+        if chosen.shape != expected.values.shape:
+            wanted = expected.values.shape[1] if columns is None else f"more than {columns[-1]}"
+            raise ParityFailed(f"{reached.output} has {got.shape[1]} values a position, the eager model's has {wanted}")
         self.positions += len(positions)
         finite = np.isfinite(got).all(axis=1)
         if not finite.all():
@@ -65,8 +70,8 @@ class Comparison:
             self.worst = math.inf
             self.faults.append(f"{_where(reached, int(positions[bad]), self.scenario)}: NaN or infinity")
             return
-        sigma = self.reference.sigmas[reached.row]
-        delta = np.abs(chosen - expected.logits) / np.float32(sigma)
+        sigma = reference.sigmas[reached.row]
+        delta = np.abs(chosen - expected.values) / np.float32(sigma)
         self.total += float(delta.sum(dtype=np.float64))
         self.elements += delta.size
         of_position = delta.max(axis=1)
@@ -74,9 +79,11 @@ class Comparison:
         for at in np.flatnonzero(of_position > self.limit)[:1]:
             where = _where(reached, int(positions[at]), self.scenario)
             self.faults.append(f"{where}: {of_position[at]:.1e} σ, limit {self.limit:.1e} σ")
-        self._tokens(reached, positions, got.argmax(axis=1) == expected.top, expected.margin / sigma)
+        if reached.output == RANKED:
+            self._tokens(reached, positions, got.argmax(axis=1) == expected.top, expected.margin / sigma)
 
     def _tokens(self, reached: Reached, positions: NDArray[np.int64], same: NDArray[np.bool_], margin: NDArray[np.float32]) -> None:
+        self.ranked += len(same)
         self.agreed += int(same.sum())
         for at in np.flatnonzero(~same):
             # Each of the two leading logits may have moved by the noise.
@@ -89,11 +96,14 @@ class Comparison:
 
 def _where(reached: Reached, position: int, scenario: Scenario) -> str:
     step = reached.call - max(1, len(scenario.chunks))
-    return f"row {reached.row}, position {position} ({f'decode step {step + 1}' if step >= 0 else 'prefill'})"
+    at = f"decode step {step + 1}" if step >= 0 else "prefill"
+    return f"row {reached.row}, position {position} ({at if reached.output == RANKED else reached.output})"
 
 
-def compare(session: Session, io: ModelIO, scenario: Scenario, reference: Reference | None) -> Row:
+def compare(session: Session, io: ModelIO, scenario: Scenario, references: Mapping[str, Reference] | None) -> Row:
     """Return how the session did: ``status`` passed, failed or not_run, with the figures and the first fault as reason.
+
+    ``references``: what is expected of each output.
 
     Nothing that the session raises gets out: a crash is a failure with its text as the reason.
     """
@@ -104,9 +114,9 @@ def compare(session: Session, io: ModelIO, scenario: Scenario, reference: Refere
     if scenario.refuse:
         status, said = _refused(session, io, scenario)
         return _result(scenario, None, status, said, time.perf_counter() - begun, row.limit(io.layers))
-    if reference is None:
+    if references is None:
         raise ValueError(f"scenario {scenario.name} has no reference")
-    met = Comparison(scenario, reference, row.limit(io.layers), row.noise(io.layers))
+    met = Comparison(scenario, references, row.limit(io.layers), row.noise(io.layers))
     try:
         for reached in run(session, io, scenario):
             met.add(reached)
@@ -143,7 +153,7 @@ def _result(scenario: Scenario, met: Comparison | None, status: str, reason: str
         "worst_sigma": met.worst if met and counted and math.isfinite(met.worst) else None,
         "mean_sigma": met.total / met.elements if met and counted else None,
         "limit": limit,
-        "top1_agree": met.agreed / met.positions if met and met.positions else None,
+        "top1_agree": met.agreed / met.ranked if met and met.ranked else None,
         "near_ties": met.near_ties if met else [],
         "status": status,
         "reason": reason,

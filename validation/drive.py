@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,20 +23,27 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.generic]
 
-PLAIN_INPUTS = ("input_ids", "attention_mask", "position_ids", NUM_LOGITS_TO_KEEP)
+PLAIN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", NUM_LOGITS_TO_KEEP)
+# How configs call the number of their layers.
+DEPTHS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 
 
 @dataclass(frozen=True)
 class ModelIO:
-    """What the driver must know of a graph; the stages of one conversion share it."""
+    """What the driver must know of a graph; the stages of one conversion share it.
+
+    ``outputs`` are those that are no states. ``depth``: how many layers the config says the model has.
+    """
 
     graph: str
     inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     states: tuple[StateSpec, ...]
+    depth: int = 1
     pad_id: int = 0
 
     @classmethod
-    def of(cls, artifact: Artifact, pad_id: int = 0) -> ModelIO:
+    def of(cls, artifact: Artifact) -> ModelIO:
         """Return the IO of the artifact's graph.
 
         Raises:
@@ -43,17 +52,38 @@ class ModelIO:
         if len(artifact.graphs) != 1:
             raise UsageError(f"the parity gate drives artifacts of one graph, this one has {sorted(artifact.graphs)}")
         [(name, graph)] = artifact.graphs.items()
-        return cls(name, graph.inputs, artifact.states, pad_id)
+        kept = {state.output for state in artifact.states}
+        config = _config_of(artifact.folder)
+        pad_id = config.get("pad_token_id")
+        return cls(
+            name,
+            graph.inputs,
+            tuple(spec for spec in graph.outputs if spec.name not in kept),
+            artifact.states,
+            max((size for key in DEPTHS if isinstance(size := config.get(key), int)), default=1),
+            # Some encoders know padding by its token; a generator sees the mask alone.
+            pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0,
+        )
 
     @property
     def layers(self) -> int:
-        """How many decoder layers there are, as far as their states tell; at least 1."""
-        return max((state.layer + 1 for state in self.states), default=1)
+        """How many layers there are, as far as states and config tell; at least 1."""
+        return max((self.depth, *(state.layer + 1 for state in self.states)))
 
     @property
     def dtype(self) -> str:
         """What activations are computed in, as far as the states tell."""
         return self.states[0].dtype if self.states else "float32"
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """Return the model's config, that of its text part where it has several; empty where the folder has none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, dict) else config
 
 
 @dataclass(frozen=True)
@@ -73,23 +103,28 @@ class Answer:
 
 @dataclass(frozen=True)
 class Reached:
-    """The logits of one row's valid positions in one call: float [positions, vocabulary]."""
+    """What one output says of one row's valid positions in one call: float [positions, size].
+
+    An output that says one thing of the whole row has it at position 0.
+    """
 
     call: int
     row: int
     positions: NDArray[np.int64]
     beyond: bool
-    logits: Array
+    values: Array
+    output: str = "logits"
 
 
 def run(session: Session, io: ModelIO, scenario: Scenario) -> Iterator[Reached]:
-    """Yield each row's logits call by call; pad positions are left out.
+    """Yield each row's outputs call by call; pad positions are left out.
 
     Raises:
         ParityFailed: an output is missing or has the wrong shape.
     """
     for answer in answers(session, io, scenario):
-        yield from reached(answer)
+        for spec in io.outputs:
+            yield from reached(answer, spec, io)
 
 
 def answers(session: Session, io: ModelIO, scenario: Scenario) -> Iterator[Answer]:
@@ -123,11 +158,13 @@ def _plain_inputs(io: ModelIO, tokens: NDArray[np.int64], history: NDArray[np.in
     if unknown := sorted(names - set(PLAIN_INPUTS)):
         raise UsageError("the parity gate cannot fill these inputs of the graph", unknown, "give them a rule in calque/validation/drive.py")
     mask = (history != PAD).astype(np.int64)
-    positions = np.clip(np.cumsum(mask, axis=1) - 1, 0, None)[:, -tokens.shape[1] :]
+    new = slice(mask.shape[1] - tokens.shape[1], None)
+    positions = np.clip(np.cumsum(mask, axis=1) - 1, 0, None)
     everything: dict[str, Array] = {
         "input_ids": tokens,
         "attention_mask": mask,
-        "position_ids": np.ascontiguousarray(positions),
+        "token_type_ids": segments(mask, positions)[:, new],
+        "position_ids": np.ascontiguousarray(positions[:, new]),
         # 0 keeps all; pieces of a prompt and every other step ask for the last one alone.
         NUM_LOGITS_TO_KEEP: np.array(number % 2, dtype=np.int64),
     }
@@ -168,25 +205,45 @@ def state_of(answer: Answer, spec: StateSpec) -> Array:
     return state
 
 
-def reached(answer: Answer) -> Iterator[Reached]:
-    """Yield the logits at valid positions, row by row; a graph may give those of all columns or of the last ones.
+def segments(mask: Array, positions: Array) -> NDArray[np.int64]:
+    """Return a text's segments, [B, S]: the first half of each row is one, the rest another; 0 at padding."""
+    lengths = mask.sum(axis=1, keepdims=True)
+    return np.asarray((2 * positions >= lengths) & (mask != 0), dtype=np.int64)
+
+
+def reached(answer: Answer, spec: TensorSpec, io: ModelIO) -> Iterator[Reached]:
+    """Yield one output at valid positions, row by row; logits may be those of all columns or of the last ones.
 
     Raises:
-        ParityFailed: ``logits`` is missing or has the wrong shape.
+        ParityFailed: it is missing or has the wrong shape.
     """
     batch, width = answer.index.shape
-    logits = answer.outputs.get("logits")
-    if logits is None:
-        raise ParityFailed("output logits is missing")
-    allowed = {None: (width, 1), 0: (width,)}.get(answer.keep, (answer.keep,))
-    if logits.ndim != 3 or logits.shape[0] != batch or logits.shape[1] not in allowed:
-        sizes = " or ".join(str(size) for size in sorted(set(allowed), key=str))
-        raise ParityFailed(f"logits has shape {list(logits.shape)}, [{batch}, {sizes}, vocabulary] expected")
-    kept = logits.shape[1]
+    values = answer.outputs.get(spec.name)
+    if values is None:
+        raise ParityFailed(f"output {spec.name} is missing")
+    if "sequence_length" not in spec.shape and not io.states:
+        _require_shape(spec.name, values, f"[{batch}, {spec.shape[-1]}]", values.ndim == 2 and values.shape[0] == batch)
+        for row in range(batch):
+            yield Reached(answer.number, row, np.zeros(1, dtype=np.int64), answer.beyond[row], values[row : row + 1], spec.name)
+        return
+    if len(spec.shape) == 2 and values.ndim == 2:
+        values = values[:, :, None]
+    allowed: tuple[int | None, ...] = (width,)
+    if io.states:
+        allowed = {None: (width, 1), 0: (width,)}.get(answer.keep, (answer.keep,))
+    sizes = " or ".join(str(size) for size in sorted(set(allowed), key=str))
+    fits = values.ndim == 3 and values.shape[0] == batch and values.shape[1] in allowed
+    _require_shape(spec.name, values, f"[{batch}, {sizes}, {'vocabulary' if io.states else spec.shape[-1]}]", fits)
+    kept = values.shape[1]
     for row in range(batch):
         index = answer.index[row, width - kept :]
         valid = np.flatnonzero(index != PAD)
         if len(valid):
             # A view where nothing is dropped: one row's logits may be hundreds of megabytes.
-            values = logits[row] if len(valid) == kept else logits[row, valid[0] : valid[-1] + 1]
-            yield Reached(answer.number, row, index[valid], answer.beyond[row], values)
+            chosen = values[row] if len(valid) == kept else values[row, valid[0] : valid[-1] + 1]
+            yield Reached(answer.number, row, index[valid], answer.beyond[row], chosen, spec.name)
+
+
+def _require_shape(name: str, values: Array, expected: str, fits: bool) -> None:
+    if not fits:
+        raise ParityFailed(f"{name} has shape {list(values.shape)}, {expected} expected")

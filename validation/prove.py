@@ -23,7 +23,7 @@ def prove(
     artifact: Artifact,
     session: Session,
     scenarios: Sequence[Scenario],
-    references: Mapping[str, Reference],
+    references: Mapping[str, Mapping[str, Reference]],
     progress: Callable[[Row], None] | None = None,
 ) -> tuple[Proof, list[Row]]:
     """Return the proof and one row a scenario; ``progress`` is called with each row as it is done."""

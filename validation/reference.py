@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +12,20 @@ from zipfile import BadZipFile
 import numpy as np
 
 from calque.errors import ArtifactUnreadable, SourceUnreadable
+from calque.validation.eager import eager_outputs
 from calque.validation.scenarios import PAD, Scenario, calls
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from calque.artifact import TensorSpec
+    from calque.validation.drive import ModelIO
+
     Key = tuple[int, bool]
+    # What to feed the eager model: a row, on a side of ``recompute_at``, and its length where each length is another text.
+    PoolKey = tuple[int, bool, int]
+    Outputs = dict[str, NDArray[np.float32]]
 
 FOLDER = "reference"
 BUDGET = 8_000_000
@@ -34,10 +40,10 @@ STEP = 64
 
 @dataclass(frozen=True)
 class Table:
-    """What is known of one row: at ``positions`` (ascending) the logits, the likeliest token and its lead over the next."""
+    """What is known of one output of one row: at ``positions`` (ascending) its values, the largest and its lead over the next."""
 
     positions: NDArray[np.int64]
-    logits: NDArray[np.float32]
+    values: NDArray[np.float32]
     top: NDArray[np.int64]
     margin: NDArray[np.float32]
 
@@ -49,19 +55,19 @@ class Table:
         """
         where = np.searchsorted(self.positions, positions)
         if len(positions) and (where.max(initial=0) >= len(self.positions) or not np.array_equal(self.positions[where], positions)):
-            raise KeyError(f"the reference holds no logits at some of the positions {positions.tolist()}")
+            raise KeyError(f"the reference holds nothing at some of the positions {positions.tolist()}")
         # Positions of one call follow each other: slice, so that a mapped file is not copied as a whole.
         first = int(where[0]) if len(where) else 0
         run = slice(first, first + len(where)) if np.array_equal(where, np.arange(first, first + len(where))) else where
-        return Table(positions, self.logits[run], self.top[run], self.margin[run])
+        return Table(positions, self.values[run], self.top[run], self.margin[run])
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The expected logits of one scenario.
+    """What is expected of one output in one scenario.
 
-    ``columns``: which vocabulary entries ``logits`` holds, None meaning all. ``sigmas``: per row, the standard deviation
-    of all its logits in this scenario. ``tables``: per row and side of ``recompute_at``.
+    ``columns``: which of its last axis (of logits: the vocabulary) ``values`` hold, None meaning all. ``sigmas``: per row,
+    the standard deviation of all its values. ``tables``: per row and side of ``recompute_at``.
     """
 
     columns: NDArray[np.int64] | None
@@ -83,104 +89,87 @@ def needed(scenario: Scenario) -> dict[Key, NDArray[np.int64]]:
 def store_reference(
     load_eager: Callable[[], torch.nn.Module],
     scenarios: Sequence[Scenario],
+    io: ModelIO,
     folder: Path,
     scratch: Path,
+    expected: Callable[[Outputs], Outputs] = dict,
     budget: int = BUDGET,
-) -> dict[str, Reference]:
-    """``folder/reference`` holds one npz a scenario, at most ``budget`` bytes together; return the whole references.
+) -> dict[str, dict[str, Reference]]:
+    """``folder/reference`` holds one npz a scenario, at most ``budget`` bytes together; return the whole references by output.
 
-    The whole logits lie in files of ``scratch``, mapped, and are good as long as these stay. One eager forward is made
-    for each pool row, batch 1, no padding, no cache; one more where the row also grows past ``recompute_at``.
+    What the whole references hold lies in files of ``scratch``, mapped, and is good as long as these stay. One eager
+    forward is made for each pool row, batch 1, no padding, no cache; one more where the row also grows past
+    ``recompute_at``. Without a cache what comes later in a text changes what came before: each length is one forward.
+    ``expected``: what the passes make of the outputs of one row.
 
     Raises:
-        SourceUnreadable: the eager model's own logits are not finite.
+        SourceUnreadable: the eager model's own outputs are not finite.
     """
     scenarios = [scenario for scenario in scenarios if not scenario.not_run]
-    pool = _pool_rows(scenarios)
-    measured = _forward_pool(load_eager, pool, scratch) if pool else {}
-    references = {scenario.name: _gather(scenario, measured) for scenario in scenarios}
+    pool = _pool_rows(scenarios, prefixes=bool(io.states))
+    measured = _forward_pool(load_eager, pool, io, expected, scratch) if pool else {}
+    references = {scenario.name: _gather(scenario, io, measured) for scenario in scenarios}
     (folder / FOLDER).mkdir(exist_ok=True)
-    columns = _columns(scenarios, references, budget)
+    columns = {spec.name: _columns(scenarios, references, spec, budget // len(io.outputs)) for spec in io.outputs}
     for scenario in scenarios:
         _write(folder / FOLDER / f"{scenario.name}.npz", scenario, references[scenario.name], columns)
     return references
 
 
-def _pool_rows(scenarios: Sequence[Scenario]) -> dict[Key, tuple[int, ...]]:
-    """Return what to feed the eager model: the longest need of each row, on each side of ``recompute_at``."""
-    pool: dict[Key, tuple[int, ...]] = {}
+def _pool_rows(scenarios: Sequence[Scenario], prefixes: bool) -> dict[PoolKey, tuple[int, ...]]:
+    """Return what to feed the eager model: the longest need of each row, or each of its lengths if prefixes say nothing."""
+    pool: dict[PoolKey, tuple[int, ...]] = {}
     for scenario in scenarios:
         for (row, beyond), positions in needed(scenario).items():
             tokens = scenario.rows[row][: int(positions[-1]) + 1]
-            known = pool.get((row, beyond), ())
+            key = (row, beyond, 0 if prefixes else len(tokens))
+            known = pool.get(key, ())
             longer, shorter = (tokens, known) if len(tokens) > len(known) else (known, tokens)
             if longer[: len(shorter)] != shorter:
                 raise ValueError(f"row {row} of scenario {scenario.name} is not a prefix of the same pool sequence as in the others")
-            pool[row, beyond] = longer
+            pool[key] = longer
     return pool
 
 
-def _forward_pool(load_eager: Callable[[], torch.nn.Module], pool: Mapping[Key, tuple[int, ...]], scratch: Path) -> dict[Key, Table]:
-    """Return the eager model's answer to each pool row, logits mapped from ``scratch``."""
+def _forward_pool(
+    load_eager: Callable[[], torch.nn.Module],
+    pool: Mapping[PoolKey, tuple[int, ...]],
+    io: ModelIO,
+    expected: Callable[[Outputs], Outputs],
+    scratch: Path,
+) -> dict[PoolKey, dict[str, Table]]:
+    """Return the eager model's answer to each pool row, by output, values mapped from ``scratch``."""
     model = load_eager().eval()
-    tables = {}
-    for (row, beyond), tokens in sorted(pool.items()):
-        path = scratch / f"logits-{row}{'-beyond' if beyond else ''}.npy"
-        np.save(path, _eager_logits(model, tokens))
-        logits = np.load(path, mmap_mode="r")
-        if not all(np.isfinite(logits[start : start + STEP]).all() for start in range(0, len(logits), STEP)):
-            raise SourceUnreadable(
-                f"the eager model's own logits hold NaN or infinity on a row of {len(tokens)} tokens",
-                fix="check the weights; nothing can be proved against such a model",
+    measured: dict[PoolKey, dict[str, Table]] = {}
+    for (row, beyond, length), tokens in sorted(pool.items()):
+        outputs = expected(eager_outputs(model, tokens, io.inputs))
+        if missing := [spec.name for spec in io.outputs if spec.name not in outputs]:
+            raise SourceUnreadable(f"the eager model gives no {', '.join(missing)}; it gives {', '.join(outputs)}", fix="report this")
+        measured[row, beyond, length] = {
+            spec.name: _table(
+                outputs[spec.name], spec, scratch / f"{spec.name}-{row}-{length}{'-beyond' if beyond else ''}.npy", len(tokens)
             )
-        top, margin = _leaders(logits)
-        tables[row, beyond] = Table(np.arange(len(tokens)), logits, top, margin)
-    return tables
+            for spec in io.outputs
+        }
+    return measured
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Make torch compute on one thread inside the block.
-
-    How work is cut over threads changes the last bits of sums, so the reference would differ between machines; and once
-    in a few dozen runs one of two threads was seen to compute its half of a row 1e-4 σ away from all other runs.
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def _table(array: NDArray[np.float32], spec: TensorSpec, path: Path, tokens: int) -> Table:
+    """Return one output of one row, [positions, size], whatever axes it has."""
+    np.save(path, array.reshape(tokens if _each_position(spec) else 1, -1))
+    values = np.load(path, mmap_mode="r")
+    if not all(np.isfinite(values[start : start + STEP]).all() for start in range(0, len(values), STEP)):
+        raise SourceUnreadable(
+            f"the eager model's own {spec.name} hold NaN or infinity on a row of {tokens} tokens",
+            fix="check the weights; nothing can be proved against such a model",
+        )
+    top, margin = _leaders(values)
+    return Table(np.arange(len(values)), values, top, margin)
 
 
-def _eager_logits(model: torch.nn.Module, tokens: Sequence[int]) -> NDArray[np.float32]:
-    import torch
-
-    with torch.inference_mode(), one_thread():
-        logits = model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
-        array: NDArray[np.float32] = logits.float().numpy()
-    return array
-
-
-def eager_states(model: torch.nn.Module, tokens: Sequence[int]) -> dict[str, NDArray[np.float32]]:
-    """Return the keys and values of the row alone, by output name (``present.{i}.key``), each [1, heads, tokens, size].
-
-    The cache is a plain ``DynamicCache``, so that sliding layers keep every position.
-    """
-    import torch
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    with torch.inference_mode():
-        model(input_ids=torch.tensor([list(tokens)]), past_key_values=cache, use_cache=True)
-    states = {}
-    for layer, (key, value, *_) in enumerate(cache):
-        for kind, tensor in (("key", key), ("value", value)):
-            if tensor is not None:
-                states[f"present.{layer}.{kind}"] = tensor.float().numpy()
-    return states
+def _each_position(spec: TensorSpec) -> bool:
+    """Return whether an output speaks of every position; if not, of each row as a whole."""
+    return len(spec.shape) == 3 or "sequence_length" in spec.shape
 
 
 def _leaders(logits: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -194,65 +183,91 @@ def _leaders(logits: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np
     return np.concatenate(tops), np.concatenate(margins)
 
 
-def _gather(scenario: Scenario, measured: Mapping[Key, Table]) -> Reference:
-    tables = {key: measured[key] for key in needed(scenario)}
+def _gather(scenario: Scenario, io: ModelIO, measured: Mapping[PoolKey, dict[str, Table]]) -> dict[str, Reference]:
+    return {spec.name: _gather_one(scenario, spec, io, measured) for spec in io.outputs}
+
+
+def _gather_one(scenario: Scenario, spec: TensorSpec, io: ModelIO, measured: Mapping[PoolKey, dict[str, Table]]) -> Reference:
+    found = needed(scenario)
+    lengths = {key: 0 if io.states else int(positions[-1]) + 1 for key, positions in found.items()}
+    tables = {key: measured[*key, lengths[key]][spec.name] for key in found}
+    if not io.states:
+        # A text may have as little as one value: what is spread is measured over all texts.
+        spread = _sigma([outputs[spec.name] for outputs in measured.values()])
+        return Reference(None, (spread,) * len(scenario.prompts), tables)
     rows = range(len(scenario.prompts))
-    sigmas = tuple(_sigma([measured[key].at(found) for key, found in needed(scenario).items() if key[0] == row]) for row in rows)
+    sigmas = tuple(_sigma([tables[key].at(positions) for key, positions in found.items() if key[0] == row]) for row in rows)
     return Reference(None, sigmas, tables)
 
 
 def _sigma(tables: Sequence[Table]) -> float:
-    """Return the standard deviation of all the tables' logits, summed in float64 and in pieces."""
+    """Return the standard deviation of all the tables' values, summed in float64 and in pieces."""
     count, total, squares = 0, 0.0, 0.0
     for table in tables:
-        for start in range(0, len(table.logits), STEP):
-            piece = np.asarray(table.logits[start : start + STEP], dtype=np.float64)
+        for start in range(0, len(table.values), STEP):
+            piece = np.asarray(table.values[start : start + STEP], dtype=np.float64)
             count, total, squares = count + piece.size, total + float(piece.sum()), squares + float((piece * piece).sum())
     if not count:
         return 1.0
     return max(squares / count - (total / count) ** 2, 0.0) ** 0.5 or 1.0
 
 
-def _columns(scenarios: Sequence[Scenario], references: Mapping[str, Reference], budget: int) -> NDArray[np.int64] | None:
-    """Return the evenly spaced vocabulary entries for which the budget suffices; None if it suffices for all."""
-    tables = [(table, found) for s in scenarios for key, found in needed(s).items() for table in [references[s.name].tables[key]]]
-    positions = sum(len(found) for _, found in tables)
+def _parts(scenario: Scenario, reference: Reference) -> list[tuple[Key, Table]]:
+    """Return what the scenario needs of the reference: the positions that it reaches, or the one of the row as a whole."""
+    found = needed(scenario)
+    return [(key, table if len(table.positions) == 1 else table.at(found[key])) for key, table in reference.tables.items()]
+
+
+def _columns(
+    scenarios: Sequence[Scenario], references: Mapping[str, Mapping[str, Reference]], spec: TensorSpec, budget: int
+) -> NDArray[np.int64] | None:
+    """Return the evenly spaced entries of an output's last axis for which the budget suffices; None if it suffices for all."""
+    tables = [table for s in scenarios for _, table in _parts(s, references[s.name][spec.name])]
+    positions = sum(len(table.positions) for table in tables)
     if not positions:
         return None
-    vocabulary = tables[0][0].logits.shape[1]
+    size = tables[0].values.shape[1]
     tokens = sum(len(row) for scenario in scenarios for row in scenario.rows)
     fixed = NPZ_OVERHEAD * len(scenarios) + 4 * tokens + POSITION_BYTES * positions
     # The list of columns itself is in every file.
     room = (budget - fixed) // (4 * (positions + len(scenarios)))
-    if room >= vocabulary:
+    if room >= size:
         return None
-    return np.unique(np.linspace(0, vocabulary - 1, max(FEWEST_COLUMNS, room)).astype(np.int64))
+    return np.unique(np.linspace(0, size - 1, max(FEWEST_COLUMNS, room)).astype(np.int64))
 
 
-def _write(path: Path, scenario: Scenario, reference: Reference, columns: NDArray[np.int64] | None) -> None:
+def _write(path: Path, scenario: Scenario, references: Mapping[str, Reference], columns: Mapping[str, NDArray[np.int64] | None]) -> None:
     about = asdict(scenario)
     del about["rows"], about["not_run"]
-    parts = [(key, reference.tables[key].at(found)) for key, found in needed(scenario).items()]
-    chosen = slice(None) if columns is None else columns
-    none = np.zeros((0, 0), dtype=np.float32)
+    arrays: dict[str, Any] = {}
+    for name, reference in references.items():
+        arrays |= {f"{name}.{field}": array for field, array in _arrays(scenario, reference, columns[name]).items()}
     # np.savez dates every member 1980-01-01, so equal arrays give equal bytes.
     np.savez(
         path,
         scenario=np.frombuffer(json.dumps(about, sort_keys=True).encode(), dtype=np.uint8),
         tokens=np.array([token for row in scenario.rows for token in row], dtype=np.int32),
-        sigmas=np.array(reference.sigmas, dtype=np.float64),
-        columns=np.array([] if columns is None else columns, dtype=np.int32),
-        row=np.concatenate([np.full(len(t.positions), key[0], np.int16) for key, t in parts] or [np.zeros(0, np.int16)]),
-        beyond=np.concatenate([np.full(len(t.positions), key[1], np.bool_) for key, t in parts] or [np.zeros(0, np.bool_)]),
-        position=np.concatenate([t.positions.astype(np.int32) for _, t in parts] or [np.zeros(0, np.int32)]),
-        top=np.concatenate([t.top.astype(np.int32) for _, t in parts] or [np.zeros(0, np.int32)]),
-        margin=np.concatenate([t.margin for _, t in parts] or [np.zeros(0, np.float32)]),
-        logits=np.concatenate([t.logits[:, chosen] for _, t in parts] or [none]),
+        **arrays,
     )
 
 
-def read_references(folder: Path) -> Iterator[tuple[Scenario, Reference]]:
-    """Yield every stored scenario and what the eager model said, by name, one in memory at a time.
+def _arrays(scenario: Scenario, reference: Reference, columns: NDArray[np.int64] | None) -> dict[str, NDArray[np.generic]]:
+    parts = _parts(scenario, reference)
+    chosen = slice(None) if columns is None else columns
+    return {
+        "sigmas": np.array(reference.sigmas, dtype=np.float64),
+        "columns": np.array([] if columns is None else columns, dtype=np.int32),
+        "row": np.concatenate([np.full(len(t.positions), key[0], np.int16) for key, t in parts] or [np.zeros(0, np.int16)]),
+        "beyond": np.concatenate([np.full(len(t.positions), key[1], np.bool_) for key, t in parts] or [np.zeros(0, np.bool_)]),
+        "position": np.concatenate([t.positions.astype(np.int32) for _, t in parts] or [np.zeros(0, np.int32)]),
+        "top": np.concatenate([t.top.astype(np.int32) for _, t in parts] or [np.zeros(0, np.int32)]),
+        "margin": np.concatenate([t.margin for _, t in parts] or [np.zeros(0, np.float32)]),
+        "values": np.concatenate([t.values[:, chosen] for _, t in parts] or [np.zeros((0, 0), np.float32)]),
+    }
+
+
+def read_references(folder: Path) -> Iterator[tuple[Scenario, dict[str, Reference]]]:
+    """Yield every stored scenario and what the eager model said, by output, one scenario in memory at a time.
 
     Raises:
         ArtifactUnreadable: a file does not hold what ``store_reference`` writes, or there is none.
@@ -267,7 +282,7 @@ def read_references(folder: Path) -> Iterator[tuple[Scenario, Reference]]:
             raise ArtifactUnreadable(f"{path} is not a reference: {error}", fix="convert the model again") from error
 
 
-def _read(path: Path) -> tuple[Scenario, Reference]:
+def _read(path: Path) -> tuple[Scenario, dict[str, Reference]]:
     with np.load(path, allow_pickle=False) as file:
         data = {name: file[name] for name in file.files}
     about: dict[str, Any] = json.loads(data["scenario"].tobytes())
@@ -281,11 +296,18 @@ def _read(path: Path) -> tuple[Scenario, Reference]:
             "chunks": tuple(about["chunks"]),
         }
     )
+    outputs = dict.fromkeys(name.rpartition(".")[0] for name in data if "." in name)
+    return scenario, {
+        output: _reference({name.rpartition(".")[2]: data[name] for name in data if name.startswith(output + ".")}) for output in outputs
+    }
+
+
+def _reference(data: Mapping[str, NDArray[Any]]) -> Reference:
     tables = {}
     for row, beyond in sorted(set(zip(data["row"].tolist(), data["beyond"].tolist(), strict=True))):
         part = (data["row"] == row) & (data["beyond"] == beyond)
         tables[row, beyond] = Table(
-            data["position"][part].astype(np.int64), data["logits"][part], data["top"][part].astype(np.int64), data["margin"][part]
+            data["position"][part].astype(np.int64), data["values"][part], data["top"][part].astype(np.int64), data["margin"][part]
         )
     columns = data["columns"].astype(np.int64) if len(data["columns"]) else None
-    return scenario, Reference(columns, tuple(data["sigmas"].tolist()), tables)
+    return Reference(columns, tuple(data["sigmas"].tolist()), tables)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +13,50 @@ from calque.errors import ArtifactUnreadable
 from calque.stages import Stage
 
 SCHEMA = 1
+# Lists of the file that are tuples here.
+LISTS = ("scenarios", "passes", "weights", "layers", "failures", "notes")
 
 
 @dataclass(frozen=True)
 class Report:
-    """The measurements of one conversion: rows of the parity gate, stages, and the bytes of each file."""
+    """The findings of one conversion; what was not found out is empty.
+
+    ``scenarios``: rows of the parity gate. ``sizes``: bytes by file. ``source``: id, revision, sha256, model_type, task,
+    parameters, dtype. ``passes``: ``{name, count, skipped: [[place, reason]]}``. ``weights``: ``{name, layer, bytes,
+    parameters}`` by layer. ``layers``: ``{layer, kind, worst_sigma, limit, scenario}``. ``failures``: what the proof found,
+    first stage and layer first. ``notes``: sentences that the user should know.
+    """
 
     scenarios: tuple[Mapping[str, Any], ...] = ()
     stages: tuple[Stage, ...] = ()
-    sizes: Mapping[str, int] | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
+    target: str = ""
+    precision: str = ""
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    passes: tuple[Mapping[str, Any], ...] = ()
+    weights: tuple[Mapping[str, Any], ...] = ()
+    layers: tuple[Mapping[str, Any], ...] = ()
+    failures: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
-    @classmethod
-    def of(cls, folder: Path, scenarios: Sequence[Mapping[str, Any]], stages: Sequence[Stage]) -> Report:
-        """Return the report of the artifact in ``folder``, its files measured now."""
+    def measured(self, folder: Path, stages: Sequence[Stage]) -> Report:
+        """Return this report with the stages, and with the files of ``folder`` measured now."""
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != REPORT)
-        return cls(tuple(scenarios), tuple(stages), {path.relative_to(folder).as_posix(): path.stat().st_size for path in files})
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+        return replace(self, stages=tuple(stages), sizes=sizes)
+
+    def noted(self, *sentences: str) -> Report:
+        """Return this report with the sentences added to its notes, empty ones left out."""
+        return replace(self, notes=(*self.notes, *filter(None, sentences)))
+
+    def data(self) -> dict[str, Any]:
+        """Return what report.json holds."""
+        return {"schema": SCHEMA, **asdict(self)}
 
     def write(self, folder: Path) -> None:
         """``folder/report.json`` holds this report."""
-        data = {
-            "schema": SCHEMA,
-            "scenarios": [dict(row) for row in self.scenarios],
-            "stages": [asdict(stage) for stage in self.stages],
-            "sizes": dict(self.sizes or {}),
-        }
-        (folder / REPORT).write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        (folder / REPORT).write_text(json.dumps(self.data(), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Report:
@@ -49,8 +68,12 @@ class Report:
         path = folder / REPORT
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            if data["schema"] != SCHEMA:
-                raise ArtifactUnreadable(f"{path} has schema {data['schema']}, this Calque reads {SCHEMA}", fix="upgrade calque")
-            return cls(tuple(data["scenarios"]), tuple(Stage(**row) for row in data["stages"]), data["sizes"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if (schema := data.pop("schema")) != SCHEMA:
+                raise ArtifactUnreadable(f"{path} has schema {schema}, this Calque reads {SCHEMA}", fix="upgrade calque")
+            if missing := sorted({"scenarios", "stages", "sizes"} - data.keys()):
+                raise KeyError(", ".join(missing))
+            stages = tuple(Stage(**row) for row in data.pop("stages"))
+            fields: dict[str, Any] = {key: tuple(value) if key in LISTS else value for key, value in data.items()}
+            return cls(stages=stages, **fields)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactUnreadable(f"{path} cannot be read: {error}", fix="convert the model again") from error

@@ -7,7 +7,7 @@ one forward a pool sequence, not one a scenario.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -134,20 +134,24 @@ def build(
     excluded: Iterable[int] = (),
     windows: Iterable[int] = (),
     max_positions: int | None = None,
+    cached: bool = True,
     longest: int = LONGEST,
     seed: int = 0,
 ) -> list[Scenario]:
     """Return every scenario the limits allow, and refusals for those they forbid; the same list for equal arguments.
 
     ``excluded``: token ids never fed (special ones). ``windows``: the sliding windows among the artifact's states.
-    ``max_positions``: what the config says the model was made for; rows stay within it.
+    ``max_positions``: what the config says the model was made for; rows stay within it. ``cached``: whether a call
+    continues from the one before; without a cache every text is one call.
     """
     ceiling = min(length for length in (limits.max_length, max_positions, 1 << 62) if length)
-    shapes = [*_basic(), *_window_shapes(limits, windows), *_recompute_shapes(limits), *_full_length_shapes(limits, max_positions)]
+    shapes = [*_basic(), *_window_shapes(limits, windows), *_recompute_shapes(limits), *_full_length_shapes(limits, max_positions, cached)]
+    if not cached:
+        shapes = [replace(shape, decode=0) for shape in shapes if not shape.chunks]
     shapes = [shape for shape in shapes if shape.longest <= ceiling or not shape.lawful]
     run = [shape for shape in shapes if shape.longest <= longest]
     pool = _pool(max((shape.longest for shape in run), default=0), vocab_size, excluded, seed)
-    return [_fill(shape, limits, pool, longest, vocab_size) for shape in shapes]
+    return [_fill(shape, limits, pool, longest, vocab_size, cached) for shape in shapes]
 
 
 def _pool(length: int, vocab_size: int, excluded: Iterable[int], seed: int) -> list[tuple[int, ...]]:
@@ -157,10 +161,10 @@ def _pool(length: int, vocab_size: int, excluded: Iterable[int], seed: int) -> l
     return [tuple(int(i) for i in np.random.default_rng([seed, row]).choice(allowed, length)) for row in range(POOL)]
 
 
-def _fill(shape: _Shape, limits: Limits, pool: list[tuple[int, ...]], longest: int, vocab_size: int) -> Scenario:
+def _fill(shape: _Shape, limits: Limits, pool: list[tuple[int, ...]], longest: int, vocab_size: int, cached: bool) -> Scenario:
     refuse = shape.refuse or _forbidden(shape, limits)
     not_run = f"needs rows of {shape.longest} tokens, the longest tried is {longest}" if shape.longest > longest else ""
-    chunks = () if not_run or refuse or shape.chunks else _chunks(shape, limits, vocab_size)
+    chunks = () if not_run or refuse or shape.chunks or not cached else _chunks(shape, limits, vocab_size)
     return Scenario(
         name=shape.name,
         why=shape.why,
@@ -239,15 +243,16 @@ def _recompute_shapes(limits: Limits) -> Iterator[_Shape]:
     yield _Shape(f"continued-past-{limit}", f"must be refused: {why}", (short,), decode=8, lawful=False, refuse=refuse)
 
 
-def _full_length_shapes(limits: Limits, max_positions: int | None) -> Iterator[_Shape]:
+def _full_length_shapes(limits: Limits, max_positions: int | None, cached: bool) -> Iterator[_Shape]:
     # A limit is driven to its end; what the config merely says only where the other scenarios may be too long for it.
     made_for = max_positions if max_positions and max_positions <= FEW_POSITIONS else None
     length = min((known for known in (limits.max_length, made_for) if known), default=SMALL_MAX_LENGTH + 1)
     if length > SMALL_MAX_LENGTH:
         return
-    steps = min(4, length - 1)
+    steps = min(4, length - 1) if cached else 0
     yield _Shape("full-length", f"up to exactly {length} tokens", (length - steps,), decode=steps)
     if length != limits.max_length:
         return
     refuse = f"max_length: {length}"
-    yield _Shape("past-full-length", f"must be refused: more than {length} tokens", (length,), decode=1, lawful=False, refuse=refuse)
+    beyond, step = (length, 1) if cached else (length + 1, 0)
+    yield _Shape("past-full-length", f"must be refused: more than {length} tokens", (beyond,), decode=step, lawful=False, refuse=refuse)

@@ -29,6 +29,6 @@ def validate(folder: Path, threads: int = 0) -> dict[str, Any]:
 
     session = open_session(folder, threads)
     io = ModelIO.of(artifact)
-    rows = [compare(session, io, scenario, reference) for scenario, reference in read_references(folder)]
+    rows = [compare(session, io, scenario, expected) for scenario, expected in read_references(folder)]
     failures = [f"{row['name']}: {row['reason']}" for row in rows if row["status"] == "failed"]
     return {"status": "failed" if failures else "passed", "scenarios": rows, "failures": failures}

@@ -13,7 +13,7 @@ from calque.passes.transpose_linear import TransposeLinear
 from calque.session import Session
 from calque.traced import TracedModel
 from calque.validation.bisect import Divergence, bisect
-from calque.validation.reference import eager_states
+from calque.validation.eager import eager_states
 from tests.mutations import measure, onnx_mutations
 from tests.mutations.attention_mutations import learned_position_off_by_one
 from tests.mutations.model_mutations import change_weight, largest_element_perturbed, rolled_by_one, weight_named

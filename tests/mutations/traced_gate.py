@@ -65,12 +65,12 @@ class TracedGate:
     traced: TracedModel
     settled: TracedModel
     scenarios: Sequence[Scenario]
-    references: dict[str, Reference]
+    references: dict[str, dict[str, Reference]]
     folder: Path
 
     @property
     def io(self) -> ModelIO:
-        return ModelIO("model", self.settled.inputs, self.settled.states)
+        return io_of(self.settled)
 
     def session(self, model: TracedModel) -> LimitedSession:
         return LimitedSession(TracedSession(model), model.limits)
@@ -90,6 +90,10 @@ class TracedGate:
 _KEPT: list[tempfile.TemporaryDirectory[str]] = []
 
 
+def io_of(settled: TracedModel) -> ModelIO:
+    return ModelIO("model", settled.inputs, settled.outputs[:1], settled.states)
+
+
 @cache
 def traced_gate(name: str) -> TracedGate:
     """The gate of a model, made once a process: tracing is what costs."""
@@ -104,5 +108,5 @@ def traced_gate(name: str) -> TracedGate:
     passes.run([CacheDynamic()], settled)
     windows = {state.window for state in traced.states if state.window}
     built = scenarios.build(traced.limits, VOCABULARY, excluded=(0, 1, 2), windows=windows)
-    references = store_reference(source.load_eager, built, folder, folder / "scratch")
+    references = store_reference(source.load_eager, built, io_of(settled), folder, folder / "scratch")
     return TracedGate(name, source, traced, settled, built, references, folder)

@@ -28,7 +28,7 @@ class Needy:
 
 
 def test_names_are_those_of_the_files() -> None:
-    assert passes.names() == ["cache_dynamic", "keep_last_logits", "transpose_linear"]
+    assert passes.names() == ["cache_dynamic", "keep_last_logits", "pool_sentences", "transpose_linear"]
 
 
 @pytest.mark.parametrize("name", passes.names())
@@ -51,7 +51,7 @@ def test_unknown_pass_is_refused_with_those_there_are() -> None:
     with pytest.raises(RecipeError) as caught:
         passes.load("fuse_everything")
     assert str(caught.value) == (
-        "RecipeError: there is no pass 'fuse_everything'\nFix: passes: cache_dynamic, keep_last_logits, transpose_linear"
+        "RecipeError: there is no pass 'fuse_everything'\nFix: passes: cache_dynamic, keep_last_logits, pool_sentences, transpose_linear"
     )
 
 

@@ -139,7 +139,7 @@ STREAMED = textwrap.dedent("""
     from transformers import LlamaConfig
     from calque import passes
     from calque.converters import causal_lm
-    from calque.random_weights import _header, _outline, _tensors
+    from calque.random_weights import CAUSAL, _header, _outline, _tensors
     from calque.source import ModelSource
     from calque.stages import Stages
     from calque.targets.onnxruntime import OnnxRuntime
@@ -151,7 +151,7 @@ STREAMED = textwrap.dedent("""
     config = LlamaConfig(vocab_size=64, hidden_size=1024, intermediate_size=4096, num_hidden_layers=5, num_attention_heads=16,
                          num_key_value_heads=8)
     config.save_pretrained(folder)
-    tensors = _tensors(_outline(config, 0, False))
+    tensors = _tensors(_outline(config, 0, CAUSAL, False))
     header = _header(tensors)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(header)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from calque.artifact import Artifact, Limits
 from calque.session import Session
 from calque.validation import scenarios
+from calque.validation.drive import ModelIO
 from calque.validation.reference import Reference, store_reference
 from calque.validation.scenarios import Scenario
 from tests.eager_session import EagerSession, artifact_of
@@ -30,7 +31,7 @@ class Gate:
     limits: Limits
     artifact: Artifact
     scenarios: list[Scenario]
-    references: dict[str, Reference]
+    references: dict[str, dict[str, Reference]]
     folder: Path
 
     def session(self) -> EagerSession:
@@ -56,7 +57,7 @@ def gate(name: str) -> Gate:
     windows = {state.window for state in artifact.states if state.window}
     found = scenarios.build(limits, VOCABULARY, excluded=(0, 1, 2), windows=windows)
     (folder / "scratch").mkdir()
-    references = store_reference(lambda: model, found, folder, folder / "scratch")
+    references = store_reference(lambda: model, found, ModelIO.of(artifact), folder, folder / "scratch")
     return Gate(model, limits, artifact, found, references, folder)
 
 

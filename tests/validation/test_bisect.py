@@ -9,7 +9,7 @@ import torch
 from calque.session import Session
 from calque.validation.bisect import Divergence, bisect
 from calque.validation.drive import ModelIO
-from calque.validation.reference import eager_states
+from calque.validation.eager import eager_states
 from tests.eager_session import EagerSession
 from tests.tiny_models import TINY, eager_model
 from tests.validation.gate import Broken, gate

@@ -184,7 +184,7 @@ def test_a_cache_continued_past_the_longrope_threshold_must_be_refused() -> None
     [
         (lambda outputs: {k: v for k, v in outputs.items() if k != "logits"}, "output logits is missing"),
         (lambda outputs: {k: v for k, v in outputs.items() if k != "present.1.key"}, "output present.1.key is missing"),
-        (lambda outputs: {**outputs, "logits": outputs["logits"][..., :-1]}, "logits has a vocabulary of 210"),
+        (lambda outputs: {**outputs, "logits": outputs["logits"][..., :-1]}, "logits has 210 values a position"),
         (lambda outputs: {**outputs, "logits": outputs["logits"][:, :3]}, "logits has shape [1, 3, 211]"),
         (lambda outputs: {**outputs, "logits": outputs["logits"] * np.nan}, "NaN or infinity"),
         (lambda outputs: {**outputs, "logits": outputs["logits"] + np.inf}, "NaN or infinity"),
@@ -244,17 +244,17 @@ def test_a_graph_that_ignores_how_many_logits_were_asked_for_fails() -> None:
 def test_another_token_is_allowed_at_a_near_tie_alone() -> None:
     made = gate("llama")
     [scenario] = made.pick("single-prompt")
-    reference = made.references["single-prompt"]
+    reference = made.references["single-prompt"]["logits"]
     table = reference.tables[0, False]
     io = ModelIO.of(made.artifact)
-    second = np.argsort(table.logits, axis=1)[:, -2]
+    second = np.argsort(table.values, axis=1)[:, -2]
     tied = copy.copy(table)
     for margin, status in ((1e-9, "passed"), (1.0, "failed")):
         object.__setattr__(tied, "top", np.where(np.arange(len(second)) == 4, second, table.top))
         object.__setattr__(tied, "margin", np.full(len(second), margin, np.float32))
         other = copy.copy(reference)
         object.__setattr__(other, "tables", {(0, False): tied})
-        row = compare(made.session(), io, scenario, other)
+        row = compare(made.session(), io, scenario, {"logits": other})
         assert row["status"] == status, row["reason"]
         assert [tie["position"] for tie in row["near_ties"]] == ([4] if status == "passed" else [])
         assert row["top1_agree"] == pytest.approx(14 / 15)

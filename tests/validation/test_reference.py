@@ -10,7 +10,8 @@ import torch
 from calque.errors import ArtifactUnreadable, SourceUnreadable, Unsupported
 from calque.validation.compare import compare
 from calque.validation.drive import ModelIO
-from calque.validation.reference import eager_states, needed, read_references, store_reference
+from calque.validation.eager import eager_states
+from calque.validation.reference import needed, read_references, store_reference
 from calque.validation.tolerance import TOLERANCES, tolerance
 from tests.tiny_models import TINY, eager_model
 from tests.validation.gate import Broken, gate
@@ -28,7 +29,7 @@ def stored_bytes(folder: Path) -> dict[str, bytes]:
 def store(folder: Path, name: str = "llama", budget: int = 8_000_000) -> dict[str, bytes]:
     made = gate(name)
     (folder / "scratch").mkdir(parents=True)
-    store_reference(lambda: made.model, made.scenarios, folder, folder / "scratch", budget)
+    store_reference(lambda: made.model, made.scenarios, ModelIO.of(made.artifact), folder, folder / "scratch", budget=budget)
     return stored_bytes(folder)
 
 
@@ -54,21 +55,23 @@ def test_a_small_budget_keeps_evenly_spaced_columns(tmp_path: Path, budget: int)
     assert sum(map(len, files.values())) <= budget
     made = gate("gemma2")
     io = ModelIO.of(made.artifact)
-    for scenario, reference in read_references(tmp_path):
+    for scenario, references in read_references(tmp_path):
+        reference = references["logits"]
         assert reference.columns is not None
         assert 16 <= len(reference.columns) < 211
         assert (reference.columns[0], reference.columns[-1]) == (0, 210)
-        assert reference.sigmas == made.references[scenario.name].sigmas
+        assert reference.sigmas == made.references[scenario.name]["logits"].sigmas
         if scenario.name not in ("single-prompt", "ragged-left"):
             continue
-        assert compare(made.session(), io, scenario, reference)["status"] == "passed"
-        assert compare(Broken(made.session(), slightly_larger), io, scenario, reference)["status"] == "failed"
+        assert compare(made.session(), io, scenario, references)["status"] == "passed"
+        assert compare(Broken(made.session(), slightly_larger), io, scenario, references)["status"] == "failed"
 
 
 def test_another_likeliest_token_outside_the_kept_columns_is_seen(tmp_path: Path) -> None:
     store(tmp_path, "llama", 120_000)
     made = gate("llama")
-    scenario, reference = next(pair for pair in read_references(tmp_path) if pair[0].name == "single-prompt")
+    scenario, references = next(pair for pair in read_references(tmp_path) if pair[0].name == "single-prompt")
+    reference = references["logits"]
     assert reference.columns is not None
     hidden = next(i for i in range(211) if i not in reference.columns)
 
@@ -78,7 +81,7 @@ def test_another_likeliest_token_outside_the_kept_columns_is_seen(tmp_path: Path
         logits[:, :, hidden] += 20
         return {**outputs, "logits": logits}
 
-    row = compare(Broken(made.session(), raise_one), ModelIO.of(made.artifact), scenario, reference)
+    row = compare(Broken(made.session(), raise_one), ModelIO.of(made.artifact), scenario, references)
     assert row["status"] == "failed"
     assert "another likeliest token" in row["reason"]
 
@@ -104,9 +107,9 @@ def test_positions_reached_before_and_after_the_threshold_are_kept_apart() -> No
     parts = needed(scenario)
     assert parts[0, False].tolist() == list(range(16))
     assert parts[0, True].tolist() == list(range(21))
-    tables = made.references["across-16"].tables
+    tables = made.references["across-16"]["logits"].tables
     same = parts[0, False]
-    assert np.abs(tables[0, False].at(same).logits - tables[0, True].at(same).logits).max() > 0.1
+    assert np.abs(tables[0, False].at(same).values - tables[0, True].at(same).values).max() > 0.1
 
 
 def test_a_model_that_says_nan_proves_nothing(tmp_path: Path) -> None:
@@ -115,7 +118,7 @@ def test_a_model_that_says_nan_proves_nothing(tmp_path: Path) -> None:
         model.get_parameter("lm_head.weight")[3] = float("nan")
     (tmp_path / "scratch").mkdir()
     with pytest.raises(SourceUnreadable, match="NaN or infinity"):
-        store_reference(lambda: model, gate("llama").scenarios, tmp_path, tmp_path / "scratch")
+        store_reference(lambda: model, gate("llama").scenarios, ModelIO.of(gate("llama").artifact), tmp_path, tmp_path / "scratch")
 
 
 def test_eager_states_hold_every_position_of_sliding_layers() -> None:

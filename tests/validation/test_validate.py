@@ -9,6 +9,7 @@ import torch
 
 from calque.artifact import Artifact, Limits, file_sha256
 from calque.errors import ArtifactUnreadable
+from calque.validation.drive import ModelIO
 from calque.validation.reference import store_reference
 from calque.validation.scenarios import build
 from calque.validation.validate import validate
@@ -18,13 +19,10 @@ from tests.runtime.counting import SIZE, write_counting
 class Counter(torch.nn.Module):
     """What the counting artifact computes, without a cache: σ is that of one-hot rows."""
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> dict[str, torch.Tensor]:
         table = torch.from_numpy(np.roll(np.eye(SIZE, dtype=np.float32), 1, axis=1))
 
-        class Output:
-            logits = table[input_ids]
-
-        return Output()
+        return {"logits": table[input_ids]}
 
 
 @pytest.fixture
@@ -33,7 +31,7 @@ def proven(tmp_path: Path) -> Artifact:
     artifact = write_counting(tmp_path)
     _without_bonus(tmp_path)
     (tmp_path / "scratch").mkdir()
-    store_reference(Counter, build(limits, SIZE), tmp_path, tmp_path / "scratch")
+    store_reference(Counter, build(limits, SIZE), ModelIO.of(artifact), tmp_path, tmp_path / "scratch")
     names = ["model.onnx", *(f"reference/{path.name}" for path in sorted((tmp_path / "reference").glob("*.npz")))]
     artifact = replace(artifact, limits=limits, files={name: file_sha256(tmp_path / name) for name in names})
     artifact.write_manifest()

@@ -1,0 +1,73 @@
+"""The untouched eager model's own answer to one row of tokens alone: no padding, no cache, one thread."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calque.validation.drive import segments
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from calque.artifact import TensorSpec
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Make torch compute on one thread inside the block.
+
+    How work is cut over threads changes the last bits of sums, so the reference would differ between machines; and once
+    in a few dozen runs one of two threads was seen to compute its half of a row 1e-4 σ away from all other runs.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def eager_outputs(model: torch.nn.Module, tokens: Sequence[int], inputs: Sequence[TensorSpec]) -> dict[str, NDArray[np.float32]]:
+    """Return every floating output of the model by name: [positions, size], or [size] where it speaks of the whole row.
+
+    ``inputs``: those of the artifact; segments are given where it takes them.
+    """
+    import torch
+
+    ids = torch.tensor([list(tokens)])
+    given: dict[str, Any] = {"input_ids": ids}
+    if any(spec.name == "token_type_ids" for spec in inputs):
+        given["token_type_ids"] = torch.from_numpy(segments(np.ones((1, len(tokens)), np.int64), np.arange(len(tokens))[None]))
+    if "use_cache" in inspect.signature(type(model).forward).parameters:
+        given["use_cache"] = False
+    with torch.inference_mode(), one_thread():
+        answered: Mapping[str, Any] = model(**given)
+        found = {name: value for name, value in answered.items() if isinstance(value, torch.Tensor) and value.is_floating_point()}
+        return {name: value[0].float().numpy() for name, value in found.items()}
+
+
+def eager_states(model: torch.nn.Module, tokens: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+    """Return the keys and values of the row alone, by output name (``present.{i}.key``), each [1, heads, tokens, size].
+
+    The cache is a plain ``DynamicCache``, so that sliding layers keep every position.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([list(tokens)]), past_key_values=cache, use_cache=True)
+    states = {}
+    for layer, (key, value, *_) in enumerate(cache):
+        for kind, tensor in (("key", key), ("value", value)):
+            if tensor is not None:
+                states[f"present.{layer}.{kind}"] = tensor.float().numpy()
+    return states
