@@ -111,8 +111,7 @@ def prove(
 ) -> tuple[Proof, Report]:
     """Return the proof of the artifact against the untouched eager model, and the report with a row per scenario and per layer."""
     from calque.validation.drive import ModelIO
-    from calque.validation.eager import eager_states
-    from calque.validation.layers import layer_parity, telling_scenario
+    from calque.validation.layers import layer_parity, states_alone, telling_scenario
     from calque.validation.prove import prove as run_scenarios
     from calque.validation.reference import store_reference
 
@@ -122,12 +121,12 @@ def prove(
     with stages("reference"):
         becomes = partial(passes.expected, plan_of(recipe, target, source))
         expected = store_reference(load_eager, chosen, ModelIO.of(artifact), artifact.folder, scratch, becomes)
-        states = {row: eager_states(load_eager(), row) for row in shown.rows} if shown else {}
+        states, note = states_alone(load_eager(), shown) if shown else ({}, "")
         load_eager.cache_clear()  # what opens the artifact needs the memory
     with stages("prove"):
         session = target.open(artifact, recipe.threads)
         proof, rows = run_scenarios(artifact, session, chosen, expected)
-        layers, note = layer_parity(session, ModelIO.of(artifact), shown, states) if shown else ((), "")
+        layers, note = layer_parity(session, ModelIO.of(artifact), shown, states) if shown and states else ((), note)
     if proof.numerics.status == "failed":
         with stages("bisect"):
             first = first_divergence(recipe, target, source, artifact, chosen, expected, rows)

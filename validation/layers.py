@@ -13,10 +13,12 @@ import numpy as np
 from calque.errors import Unsupported
 from calque.states import StateSpec
 from calque.validation.drive import Answer, ModelIO, answers, state_of
+from calque.validation.eager import eager_states
 from calque.validation.scenarios import PAD
 from calque.validation.tolerance import tolerance
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
     from calque.session import Session
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 # The keys and values of one row alone, by output name, [1, heads, tokens, size]; None where only stages can be compared.
 EagerStates = Callable[[Sequence[int]], Mapping[str, "NDArray[np.float32]"]]
+# The same of several rows, by their tokens.
+StatesOfRows = Mapping[tuple[int, ...], Mapping[str, "NDArray[np.float32]"]]
 # The state of one row at its valid positions: [heads, positions, size].
 StateOf = Callable[[StateSpec, int], "NDArray[np.generic]"]
 
@@ -43,9 +47,19 @@ def telling_scenario(scenarios: Sequence[Scenario]) -> Scenario | None:
     return max(allowed, key=lambda s: (bool(s.decode) and s.padding != "none", s.padding == "left", bool(s.decode)), default=None)
 
 
-def layer_parity(
-    session: Session, io: ModelIO, scenario: Scenario, eager: Mapping[tuple[int, ...], Mapping[str, NDArray[np.float32]]]
-) -> tuple[tuple[Mapping[str, Any], ...], str]:
+def states_alone(model: torch.nn.Module, scenario: Scenario) -> tuple[StatesOfRows, str]:
+    """Return the untouched model's states of each row of the scenario alone, or none and the sentence that says why."""
+    try:
+        return {row: eager_states(model, row) for row in scenario.rows}, ""
+    except Exception as error:  # the model's own code, given a cache that it may not know; logits are judged all the same
+        return {}, _not_compared(scenario, error)
+
+
+def _not_compared(scenario: Scenario, error: Exception) -> str:
+    return f"Layers could not be compared in {scenario.name}: {type(error).__name__}: {error}".replace("\n", " ")
+
+
+def layer_parity(session: Session, io: ModelIO, scenario: Scenario, eager: StatesOfRows) -> tuple[tuple[Mapping[str, Any], ...], str]:
     """Return one row a layer and kind, ``{layer, kind, worst_sigma, limit, scenario}``, or none and the sentence that says why.
 
     ``eager``: the states of each of the scenario's rows alone. Those after the last call hold every position that any
@@ -58,7 +72,7 @@ def layer_parity(
         last = deque(answers(session, io, scenario), maxlen=1).pop()
         gaps = gaps_of(specs, last, from_eager(lambda tokens: eager[tuple(tokens)], scenario, last))
     except Exception as error:  # a session is foreign code; that it crashes is for the gate to say
-        return (), f"Layers could not be compared in {scenario.name}: {type(error).__name__}: {error}".replace("\n", " ")
+        return (), _not_compared(scenario, error)
     limit = tolerance(io.dtype).limit(io.layers)
     rows = (
         {

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_a_run_over_many_gives_each_cell_its_own_artifact(tmp_path: Path) -> Non
     # The older artifact of a cell that now failed is not what failed.
     write_report(tmp_path / "bad", replace(REPORT, scenarios=(scenario("older", 1.0),)))
     write_failed(tmp_path / "bad.rejected")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": "good", "folder": "good", "worst_sigma": 6.1e-6, "seconds": 9.0},
         UNSUPPORTED,
         {"name": "bad", "folder": str(tmp_path / "bad"), "status": "failed", "exit_code": 3, "error": None},

@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from calque.session import Session
 from calque.validation.drive import ModelIO
-from calque.validation.eager import eager_states
-from calque.validation.layers import layer_parity, telling_scenario
+from calque.validation.layers import layer_parity, states_alone, telling_scenario
 from tests.validation.gate import Broken, gate
 from tests.validation.test_bisect import off
 
@@ -16,7 +16,8 @@ from tests.validation.test_bisect import off
 def measured(session: Session, scenario: str, name: str = "gemma3_text") -> tuple[dict[tuple[int, str], float | None], str]:
     made = gate(name)
     [picked] = made.pick(scenario)
-    eager = {row: eager_states(made.model, row) for row in picked.rows}
+    eager, note = states_alone(made.model, picked)
+    assert note == ""
     rows, note = layer_parity(session, ModelIO.of(made.artifact), picked, eager)
     assert {row["scenario"] for row in rows} <= {scenario}
     return {(row["layer"], row["kind"]): row["worst_sigma"] for row in rows}, note
@@ -26,7 +27,8 @@ def measured(session: Session, scenario: str, name: str = "gemma3_text") -> tupl
 def test_every_layer_of_an_honest_session_lies_within_rounding(scenario: str) -> None:
     made = gate("gemma3_text")
     found, note = measured(made.session(), scenario)
-    assert (found.keys(), note) == ({(state.layer, state.kind) for state in made.artifact.states}, "")
+    assert note == ""
+    assert list(found) == [(state.layer, str(state.kind)) for state in made.artifact.states]
     assert all(worst is not None and worst < 2e-5 for worst in found.values())
 
 
@@ -59,6 +61,13 @@ def test_a_session_that_crashes_leaves_a_sentence() -> None:
 
     found, note = measured(Broken(gate("gemma3_text").session(), crash), "ragged-left")
     assert (found, note) == ({}, "Layers could not be compared in ragged-left: RuntimeError: out of slots")
+
+
+def test_a_model_that_takes_no_plain_cache_leaves_a_sentence() -> None:
+    [picked] = gate("gemma3_text").pick("ragged-left")
+    states, note = states_alone(torch.nn.Linear(2, 2), picked)
+    assert states == {}
+    assert note.startswith("Layers could not be compared in ragged-left: TypeError: ")
 
 
 def test_rows_padded_before_with_steps_tell_most() -> None:
