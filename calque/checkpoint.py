@@ -1,50 +1,51 @@
-"""Where a checkpoint's tensors lie: safetensors headers, read and checked; never a tensor, never torch."""
+"""Where a checkpoint's tensors lie: safetensors headers, read and checked, or pickles; never a tensor, torch only for pickles."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from calque import pickled, unreadable
 from calque.artifact import file_sha256
 from calque.errors import SourceUnreadable
 from calque.weights import DTYPES, Stored
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# A whole checkpoint in one file, and the index of one in several, the format that wins first; as transformers looks them up.
+FORMATS = ((SINGLE, INDEX), (pickled.SINGLE, pickled.INDEX))
+WANTED = tuple(name for pair in FORMATS for name in pair)
 
 # The format's own limit, and the most axes and the longest axis that torch can hold.
 MAX_HEADER = 100_000_000
 MAX_RANK = 64
 MAX_EXTENT = 2**63 - 1
 
-LFS_POINTER = b"version https://git-lfs"
-LFS_FIX = "fetch the real file: `git lfs pull` in the checkout it came from, or download the model again"
 AGAIN_FIX = "fetch the file again; it was cut short, altered, or is no safetensors file"
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_RESAVE = "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('FOLDER'{}).save_pretrained('NEW')\""
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
-    """Return where each tensor of the checkpoint in ``folder`` lies, by name; only headers have been read.
+    """Return where each tensor of the checkpoint in ``folder`` lies, by name; only headers and pickles have been read.
 
-    The checkpoint is ``model.safetensors``, or the shards that ``model.safetensors.index.json`` names; the single file
-    wins where both exist, as in transformers. Files are resolved, so that links (the hub's cache) may change afterwards.
+    The checkpoint is ``model.safetensors``, or the shards that ``model.safetensors.index.json`` names, or the same of
+    ``pytorch_model.bin``; the first of them wins, as in transformers. Files are resolved, so that links (the hub's cache)
+    may change afterwards.
 
     Raises:
-        SourceUnreadable: no safetensors, or a file or the index is truncated, malformed or incomplete; every offender.
+        SourceUnreadable: no checkpoint, or a file or the index is truncated, malformed or incomplete; every offender.
 
     Source: safetensors format, README@0.8.
     """
     files = weight_files(folder)
     placed: dict[str, list[str]] = {name: [] for name in files}
-    if SINGLE not in files:
-        for tensor, shard in _weight_map(folder).items():
+    if index := _index(folder):
+        for tensor, shard in _weight_map(folder / index).items():
             placed[shard].append(tensor)
+    read = pickled.read_pickled if _is_pickled(folder) else _read_file
     tensors: dict[str, Stored] = {}
     holder: dict[str, str] = {}
     problems: list[str] = []
@@ -54,7 +55,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
             problems.append(f"{name}  missing" + (f"; the index places {len(placed[name])} tensors in it" if placed[name] else ""))
             continue
         try:
-            found = _read_file(path)
+            found = read(path)
         except SourceUnreadable as error:
             problems += [f"{name}  {line}" for line in (error.where or (error.what,))]
             fix = error.fix
@@ -72,22 +73,22 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """Return the checkpoint's files by their name within ``folder``, sorted; those of an index may be missing.
 
     Raises:
-        SourceUnreadable: no safetensors, or an index that is malformed or names files outside the folder.
+        SourceUnreadable: no checkpoint, or an index that is malformed or names files outside the folder.
     """
-    # A link that leads nowhere counts: what it leads to is missing, which says more than that there is no checkpoint.
-    if (folder / SINGLE).is_file() or (folder / SINGLE).is_symlink():
-        return {SINGLE: folder / SINGLE}
-    if (folder / INDEX).is_file():
-        return {name: folder / name for name in sorted(set(_weight_map(folder).values()))}
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    raise no_safetensors(names, str(folder))
+    name = _chosen(folder)
+    if name is None:
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        raise unreadable.no_weights(names, str(folder), WANTED)
+    if _index(folder):
+        return {shard: folder / shard for shard in sorted(set(_weight_map(folder / name).values()))}
+    return {name: folder / name}
 
 
 def sha256(folder: Path) -> str:
     """Return the content's hex SHA-256: that of ``sha256sum config.json <weight files, sorted>``, so no path enters it.
 
     Raises:
-        SourceUnreadable: no safetensors in the folder, an unusable index, or a file that cannot be read.
+        SourceUnreadable: no checkpoint in the folder, an unusable index, or a file that cannot be read.
     """
     files = {"config.json": folder / "config.json", **weight_files(folder)}
     try:
@@ -96,28 +97,6 @@ def sha256(folder: Path) -> str:
         fix = "check that the file is there and readable"
         raise SourceUnreadable(f"{error.filename} cannot be read: {error.strerror}", fix=fix) from error
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def no_safetensors(names: Iterable[str], where: str) -> SourceUnreadable:
-    """Return the error for a place that holds files ``names`` but no safetensors checkpoint, saying how to make one."""
-    names = list(names)
-    what = f"{where} holds no {SINGLE} and no {INDEX}"
-    pickles = [name for name in names if name.endswith(PICKLES)]
-    ggufs = [name for name in names if name.endswith(".gguf")]
-    others = [name for name in names if name.endswith((".safetensors", ".h5", ".msgpack", ".onnx"))]
-    if others and not any(name.endswith(".safetensors") for name in others) and not pickles and not ggufs:
-        return SourceUnreadable(f"{what}, only weights of another framework", others, "name a model with safetensors weights")
-    if any(name.endswith(".safetensors") for name in others):
-        fix = f"fetch {INDEX} too; a file of one's own is named {SINGLE}"
-        return SourceUnreadable(f"{what}; these safetensors files belong to no index", others, fix)
-    if pickles:
-        fix = "convert it once, on a machine where you trust the file: " + _RESAVE.format("")
-        return SourceUnreadable(f"{what}, only pickles, which this release does not read", pickles, fix)
-    if ggufs:
-        fix = "convert it once: " + _RESAVE.format(f", gguf_file={ggufs[0]!r}")
-        return SourceUnreadable(f"{what}, only GGUF, which this release does not read", ggufs, fix)
-    fix = "name a folder that holds the weights, or pass --random-weights to use random ones"
-    return SourceUnreadable(f"{what}, nor any other weights", fix=fix)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -130,8 +109,8 @@ def read_json(path: Path) -> dict[str, Any]:
         data = path.read_bytes()
     except OSError as error:
         raise SourceUnreadable(f"{path} cannot be read: {error.strerror}", fix="check that the file is there and readable") from error
-    if data.startswith(LFS_POINTER):
-        raise SourceUnreadable(f"{path} is a Git-LFS pointer, not the file it stands for", fix=LFS_FIX)
+    if data.startswith(unreadable.LFS_POINTER):
+        raise SourceUnreadable(f"{path} is a Git-LFS pointer, not the file it stands for", fix=unreadable.LFS_FIX)
     return _json_object(data, str(path))
 
 
@@ -152,13 +131,27 @@ def _json_object(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
+def _chosen(folder: Path) -> str | None:
+    """Return the name of the file or index that stands for the checkpoint, None if there is none."""
+    # A link that leads nowhere counts: what it leads to is missing, which says more than that there is no checkpoint.
+    return next((name for name in WANTED if (folder / name).is_file() or (folder / name).is_symlink()), None)
+
+
+def _index(folder: Path) -> str | None:
+    chosen = _chosen(folder)
+    return chosen if chosen in [index for _, index in FORMATS] else None
+
+
+def _is_pickled(folder: Path) -> bool:
+    return _chosen(folder) in FORMATS[1]
+
+
+def _weight_map(path: Path) -> dict[str, str]:
     """Return the index: the name of the shard that each tensor lies in.
 
     A shard is a plain file name: an index is data from strangers, and must not make us read elsewhere. What a name links
     to is the owner's affair; the hub's cache is made of links.
     """
-    path = folder / INDEX
     table = read_json(path).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise SourceUnreadable(f"{path} has no weight_map that places tensors in files", fix=AGAIN_FIX)
@@ -180,10 +173,10 @@ def _read_file(path: Path) -> dict[str, Stored]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(len(LFS_POINTER))
+            start = file.read(len(unreadable.LFS_POINTER))
             length = int.from_bytes(start[:8], "little")
-            if start == LFS_POINTER:
-                raise SourceUnreadable("is a Git-LFS pointer, not the file it stands for", fix=LFS_FIX)
+            if start == unreadable.LFS_POINTER:
+                raise SourceUnreadable("is a Git-LFS pointer, not the file it stands for", fix=unreadable.LFS_FIX)
             if size < 8:
                 raise SourceUnreadable(f"is truncated: {size} bytes, less than the 8 that hold the header's length", fix=AGAIN_FIX)
             if length > MAX_HEADER:

@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from calque import __version__, converters, facts, passes, preflight, sentence, targets
 from calque.artifact import MANIFEST, REPORT, Artifact, Proof, file_sha256
+from calque.companions import licence_note
 from calque.errors import TargetUnavailable, Unsupported, UsageError
 from calque.recipe import Recipe, unbuilt_settings
 from calque.source import ModelSource
 from calque.stages import Stages
-from calque.tasks import POOLED
 from calque.staging import check_output, staging
 from calque.targets import Target
+from calque.tasks import POOLED
+from calque.tokenizer import complete_tokenizer
 from calque.traced import TracedModel
+from calque.validation import scenarios
 from calque.validation.report import Report
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Callabl
         with TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
             with stages("source"):
                 source = resolve(recipe, Path(scratch))
+                preflight.require_tensors(source)
                 preflight.require_disk(source, folder)
             artifact, report = emit(recipe, target, source, folder, stages)
             proof, report = prove(recipe, target, source, artifact, report, Path(scratch), stages)
@@ -79,7 +83,7 @@ def emit(recipe: Recipe, target: Target, source: ModelSource, folder: Path, stag
         lowered = target.lower(model)
     with stages("emit"):
         emitted = target.emit(lowered, model, folder)
-        copy_companions(source, folder)
+        notes = copy_companions(source, folder)
         described = source.describe()
     limits = bounded(recipe, emitted.limits)
     report = Report(
@@ -100,10 +104,11 @@ def emit(recipe: Recipe, target: Target, source: ModelSource, folder: Path, stag
         graphs=emitted.graphs,
         states=model.states,
         passes={name: did.count for name, did in done.items()},
-        tools={"calque": __version__, **{name: version(name) for name in TOOLS}},
+        tools=tool_versions(),
         limits=limits,
     )
-    return artifact, report
+    artifact, more = targets.finish(target, artifact, source.config)
+    return artifact, report.noted(*notes, *more)
 
 
 def prove(
@@ -134,17 +139,27 @@ def prove(
     return proof, replace(report, scenarios=tuple(rows), layers=layers).noted(note)
 
 
+def tool_versions() -> dict[str, str]:
+    """Return the version of Calque and of every package that decides what a conversion makes."""
+    return {"calque": __version__, **{name: version(name) for name in TOOLS}}
+
+
 def open_target(recipe: Recipe) -> Target:
     """Return the target with the recipe's options.
 
     Raises:
-        UsageError: no such target, or no such option.
+        UsageError: no such target, no such option, or a scenario that no model has.
         Unsupported: settings that this version, or the target, cannot follow.
     """
     target = targets.make(recipe.target, recipe.options)
+    if recipe.parity.scenarios != "all" and (unknown := scenarios.unknown(recipe.parity.scenarios)):
+        lines = [f"{name}{hint}" for name, hint in unknown.items()]
+        raise UsageError("no model has these scenarios", lines, "parity: {scenarios: all} runs those that the model has")
     refused = unbuilt_settings(recipe)
     if recipe.precision not in target.precisions:
         refused.append(f"precision: {recipe.precision}  {recipe.target} has {', '.join(target.precisions)}")
+    if recipe.layout not in (layouts := targets.layouts(target)):
+        refused.append(f"layout: {recipe.layout}  {recipe.target} has {', '.join(layouts)}")
     if refused:
         raise Unsupported("the recipe asks for what this version cannot do", list(dict.fromkeys(refused)), "change these settings")
     passes.check_order(plan_of(recipe, target))
@@ -197,12 +212,13 @@ def plan_of(recipe: Recipe, target: Target, source: ModelSource | None = None) -
     return (*first, *listed)
 
 
-def copy_companions(source: ModelSource, folder: Path) -> None:
-    """Leave tokenizer, chat template, configs and licences beside the model."""
+def copy_companions(source: ModelSource, folder: Path) -> list[str]:
+    """Leave tokenizer, chat template, configs and licences beside the model; return what the user should know of them."""
     for path in source.companion_files():
         destination = folder / path.relative_to(source.folder)
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, destination)
+    return [complete_tokenizer(source.folder, folder, source.trust_remote_code), licence_note(source.folder)]
 
 
 def scenarios_of(recipe: Recipe, source: ModelSource, artifact: Artifact) -> list[Scenario]:
@@ -216,7 +232,7 @@ def scenarios_of(recipe: Recipe, source: ModelSource, artifact: Artifact) -> lis
     config = source.config.get_text_config()
     special = {value for name, value in config.to_dict().items() if name.endswith("token_id") and isinstance(value, int)}
     windows = {state.window for state in artifact.states if state.window}
-    if not artifact.states and (window := getattr(config, "sliding_window", None)):
+    if not artifact.states and (window := config.to_dict().get("sliding_window")):
         windows = {window}
     built = build(
         artifact.limits,
@@ -303,6 +319,7 @@ def plan(recipe: Recipe, progress: Callable[[str], None] = silent) -> dict[str, 
     with TemporaryDirectory(prefix="calque-plan-") as scratch:
         with stages("source"):
             source = resolve(recipe, Path(scratch))
+            preflight.require_tensors(source)
         with stages("trace"):
             model = trace(recipe, source)
             traced = len(model.graph.nodes)

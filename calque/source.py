@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, cast
 
-from calque import checkpoint, sentence, tasks
+from calque import checkpoint, hub, sentence, tasks, unreadable
+from calque.companions import CARD, CONFIG, companion_files
 from calque.errors import SourceUnreadable, Unsupported, UsageError, WeightMismatch
 from calque.tasks import Task
 from calque.weights import Stored
@@ -23,36 +25,6 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin:"
 BUILTIN_FOLDER = Path(__file__).parent / "models"
-CONFIG = "config.json"
-
-# What travels into the artifact besides the weights. Source: the file names that transformers' save_pretrained writes,
-# and the licence files of the hub's largest families.
-COMPANIONS = (
-    CONFIG,
-    "generation_config.json",
-    "tokenizer*",
-    "*.tiktoken",
-    "tekken.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    sentence.MODULES,
-    "*_Pooling/config.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "added_tokens.json",
-    "chat_template.*",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "LICENCE*",
-    "License*",
-    "license*",
-    "NOTICE*",
-    "Notice*",
-    "USE_POLICY*",
-)
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@\S+)?")
 
@@ -62,7 +34,7 @@ class ModelSource:
     """A model that can be read: its config and where its tensors' bytes lie.
 
     ``id`` is ``org/name``, ``builtin:name`` or a local folder's name, never a path, for the manifest holds it.
-    ``revision`` is the resolved commit of a hub model. ``folder`` holds config.json, the tokenizer and the safetensors.
+    ``revision`` is the resolved commit of a hub model. ``folder`` holds config.json, the tokenizer and the weights.
     ``task`` says which of the model's classes is meant.
     """
 
@@ -93,16 +65,18 @@ class ModelSource:
             UsageError: no such task, or random weights would overwrite the model's own.
             Unsupported: the model has no class for the task, or there is no converter for it.
         """
-        place = _locate(model, random_weights, trust_remote_code)
-        config = _read_config(place.folder, trust_remote_code)
+        with _explained(model):
+            place = _locate(model, random_weights, trust_remote_code)
+            config = _read_config(place.folder, trust_remote_code)
         folder = place.folder
         meant = tasks.find(task) if task else tasks.infer(config, pooled=(folder / sentence.MODULES).is_file())
         _check_task(config, meant, place.id, trust_remote_code)
         if random_weights:
             folder = _randomized(place.folder, config, meant, scratch, trust_remote_code)
         elif place.revision is not None:
-            _download_weights(place)
-        tensors = checkpoint.read_headers(folder)
+            hub.fetch_weights(place.id, place.revision, folder)
+        with _explained(model):
+            tensors = checkpoint.read_headers(folder)
         return cls(place.id, place.revision, folder, config, meant, tensors, trust_remote_code, random_weights)
 
     def sha256(self) -> str:
@@ -114,11 +88,8 @@ class ModelSource:
         return {"id": self.id, "revision": self.revision, "sha256": self.sha256()}
 
     def companion_files(self) -> list[Path]:
-        """Return the tokenizer, chat template, config and licence files, sorted; copy each to its place in ``folder``.
-
-        They are not resolved: what the hub's cache links to has no telling name.
-        """
-        return _companions(self.folder)
+        """Return the tokenizer, chat template, config and licence files, sorted; copy each to its place in ``folder``."""
+        return companion_files(self.folder)
 
     def model_options(self) -> dict[str, Any]:
         """Return what the model's class is told besides its config: to leave out a pooler whose weights were not saved."""
@@ -147,6 +118,7 @@ class ModelSource:
         """
         import torch
         import transformers
+        from safetensors import SafetensorError
 
         try:
             loaded: Any = getattr(transformers, self.auto_class).from_pretrained(
@@ -159,8 +131,10 @@ class ModelSource:
                 output_loading_info=True,
                 **self.model_options(),
             )
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             fix = "check that config.json and the weights belong together"
+            if not (self.folder / CONFIG).is_file():
+                raise SourceUnreadable(f"{self.folder} cannot be read any more", fix="leave it as it is during a conversion") from error
             raise SourceUnreadable(f"transformers cannot load {self.id}: {error}", fix=fix) from error
         model, report = loaded
         # transformers would fill these with random values and go on.
@@ -182,19 +156,41 @@ class _Place:
 def _locate(model: str, random_weights: bool, trust_remote_code: bool) -> _Place:
     if model.startswith(BUILTIN):
         return _builtin(model)
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if model and path.is_dir():
         return _Place(_folder_name(path), path)
     if model and path.is_file():
         return _config_alone(path, random_weights)
     if _HUB_ID.fullmatch(model) and not model.startswith("."):
-        return _download_config(model, trust_remote_code)
-    near = difflib.get_close_matches(model, _builtins(), n=1)
-    hint = f"did you mean {BUILTIN}{near[0]}? " if near else ""
+        name, commit, folder = hub.fetch_config(model, trust_remote_code)
+        return _Place(name, folder, commit)
     raise SourceUnreadable(
         f"no model {model!r}: no folder of that name exists, and it is no hub id",
-        fix=f"{hint}name a folder, a hub id org/name[@revision], or one of: {_listed_builtins()}",
+        fix=f"{_hint(model)}name a folder, a hub id org/name[@revision], or one of: {_listed_builtins()}",
     )
+
+
+def _hint(model: str) -> str:
+    """Return what was probably meant, as a sentence that ends in a blank; nothing where that is unclear."""
+    if near := difflib.get_close_matches(model, _builtins(), n=1):
+        return f"did you mean {BUILTIN}{near[0]}? "
+    if model.startswith(("https://", "http://")):
+        return "leave out the address before org/name; "
+    if "\\" in model or PureWindowsPath(model).drive:
+        forward = PureWindowsPath(model).as_posix()
+        return f"write a Windows path as this system sees it, with /, such as {forward}; in WSL, C:/ is /mnt/c/; "
+    return ""
+
+
+@contextlib.contextmanager
+def _explained(model: str) -> Iterator[None]:
+    """Turn the system's refusal to read the model into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or model
+        fix = "check the path, that you may read it, and that its disk is there"
+        raise SourceUnreadable(f"{where} cannot be read: {error.strerror or error}", fix=fix) from error
 
 
 def _builtins() -> list[str]:
@@ -227,78 +223,14 @@ def _folder_name(folder: Path) -> str:
     return os.path.basename(os.path.abspath(folder))
 
 
-def _download_config(model: str, trust_remote_code: bool) -> _Place:
-    """Return the cached snapshot with config.json and all companions; no weights yet, so that a bad model fails fast."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-
-    name, _, revision = model.partition("@")
-    try:
-        config = Path(hf_hub_download(name, CONFIG, revision=revision or None))
-        # The cache keeps each commit in a folder of its name; from here on all files are of this one commit.
-        commit = config.parent.name
-        patterns = [*COMPANIONS, checkpoint.INDEX, *(["*.py"] if trust_remote_code else [])]
-        folder = Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
-    except Exception as error:
-        raise _hub_error(model, error) from error
-    return _Place(name, folder, commit)
-
-
-def _download_weights(place: _Place) -> None:
-    """The snapshot holds the files that its index names, or model.safetensors."""
-    from huggingface_hub import HfApi, snapshot_download
-
-    indexed = (place.folder / checkpoint.INDEX).is_file()
-    patterns = list(checkpoint.weight_files(place.folder)) if indexed else [checkpoint.SINGLE]
-    try:
-        snapshot_download(place.id, revision=place.revision, allow_patterns=patterns)
-    except Exception as error:
-        raise _hub_error(place.id, error) from error
-    if indexed or (place.folder / checkpoint.SINGLE).is_file():
-        return
-    try:
-        names = HfApi().list_repo_files(place.id, revision=place.revision)
-    except Exception:  # offline: what the repository has instead of safetensors stays unknown
-        names = []
-    raise checkpoint.no_safetensors(names, f"{place.id} on the hub")
-
-
-def _hub_error(model: str, error: Exception) -> SourceUnreadable:
-    """Return the failure in our words. The hub's client raises its own, its transport's and the system's exceptions."""
-    from huggingface_hub import errors, is_offline_mode
-
-    page = f"https://huggingface.co/{model.partition('@')[0]}"
-    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
-    if isinstance(error, SourceUnreadable):
-        return error
-    if isinstance(error, errors.GatedRepoError) or status == 403:
-        fix = f"accept its licence at {page} with your account, then set HF_TOKEN to a token of that account that may read it"
-        return SourceUnreadable(f"{model} is gated", fix=fix)
-    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
-        fix = f"check the spelling at {page}, and set HF_TOKEN if it is private; no folder of that name exists here either"
-        return SourceUnreadable(f"{model} is not on the hub, or is private; builtin models are: {_listed_builtins()}", fix=fix)
-    if isinstance(error, errors.RevisionNotFoundError):
-        return SourceUnreadable(f"{model}: the hub has no such revision", fix=f"see {page}/commits/main for branches, tags and commits")
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        fix = "name a model in the transformers format; adapters must be merged into their base model first"
-        return SourceUnreadable(f"{model} has no {CONFIG} on the hub", fix=fix)
-    if isinstance(error, errors.HFValidationError):
-        return SourceUnreadable(f"{model!r} is no hub id: {error}", fix="a hub id is org/name[@revision]")
-    if is_offline_mode() and isinstance(error, errors.EntryNotFoundError | errors.OfflineModeIsEnabled):
-        fix = "unset HF_HUB_OFFLINE once to fetch it, or set HF_HOME to a cache that has it; no folder of that name exists here either"
-        return SourceUnreadable(f"{model} is not in the local cache, and HF_HUB_OFFLINE forbids fetching it", fix=fix)
-    return SourceUnreadable(
-        f"{model} could not be fetched from the hub: {type(error).__name__}: {error}",
-        fix="check the network and the disk, then run again: what was fetched is kept; or name a local folder",
-    )
-
-
 def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     """Return the folder's config; modeling code that comes with it runs only when trusted."""
-    path = folder / CONFIG
-    if not path.is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        fix = "it is an adapter: merge it into its base model first" if adapter else "name the folder that save_pretrained wrote"
-        raise SourceUnreadable(f"{folder} has no {CONFIG}", fix=fix)
+    path, adapter = folder / CONFIG, folder / unreadable.ADAPTER
+    # With a config or without: where both are, transformers adds the adapter if peft happens to be installed.
+    if adapter.is_file():
+        raise unreadable.adapter(str(folder), adapter.read_bytes())
+    if not path.exists() and not path.is_symlink():
+        raise unreadable.no_config(sorted(file.name for file in folder.iterdir()), str(folder), CONFIG)
     table = checkpoint.read_json(path)
     _check_model_type(table, path, trust_remote_code)
 
@@ -370,7 +302,8 @@ def _randomized(folder: Path, config: PreTrainedConfig, task: Task, scratch: Pat
     if scratch.resolve() == folder.resolve():
         raise UsageError(f"random weights would overwrite the model in {folder}", fix="name another scratch folder")
     code = sorted(folder.glob("*.py")) if trust_remote_code else []
-    for file in [*_companions(folder), *code]:
+    card = [folder / CARD] if (folder / CARD).is_file() else []
+    for file in [*companion_files(folder), *card, *code]:
         target = scratch / file.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
@@ -380,7 +313,3 @@ def _randomized(folder: Path, config: PreTrainedConfig, task: Task, scratch: Pat
     (scratch / CONFIG).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     write_random_weights(config, scratch, task=task, trust_remote_code=trust_remote_code)
     return scratch
-
-
-def _companions(folder: Path) -> list[Path]:
-    return sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()})

@@ -34,20 +34,32 @@ DTYPES: dict[str, tuple[str, int]] = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor's bytes in a file: ``nbytes`` of them from ``offset``; ``dtype`` is safetensors' name."""
+    """A tensor's bytes in a file: ``nbytes`` of them from ``offset``; ``dtype`` is safetensors' name.
+
+    ``strides``, in elements, of a tensor that a pickle holds transposed, cut out of another, or expanded; None: row by row.
+    """
 
     file: Path
     offset: int
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
 
     def read(self) -> torch.Tensor:
         """Return the tensor, read now; the caller owns the only copy.
 
         Raises:
-            SourceUnreadable: the file became shorter since its header was read.
+            SourceUnreadable: the file became shorter since its header was read, or is gone.
         """
+        try:
+            return self._read()
+        except OSError as error:
+            raise SourceUnreadable(
+                f"{self.file} cannot be read any more: {error.strerror}", fix="leave its folder as it is during a conversion"
+            ) from error
+
+    def _read(self) -> torch.Tensor:
         import torch
 
         torch_dtype = getattr(torch, DTYPES[self.dtype][0])
@@ -67,7 +79,8 @@ class Stored:
                 done += count
             # Pages that were read once are of no more use to us; give them back to the system.
             os.posix_fadvise(file.fileno(), self.offset, self.nbytes, os.POSIX_FADV_DONTNEED)
-        return torch.frombuffer(data, dtype=torch_dtype).reshape(self.shape)
+        flat = torch.frombuffer(data, dtype=torch_dtype)
+        return flat.reshape(self.shape) if self.strides is None else flat.as_strided(self.shape, self.strides).contiguous()
 
 
 @dataclass(frozen=True)

@@ -235,15 +235,18 @@ def test_index_is_refused_when_it_places_nothing(tmp_path: Path, content: str, s
 @pytest.mark.parametrize(
     ("names", "said", "fix"),
     [
-        (["pytorch_model.bin", "config.json"], "only pickles", "save_pretrained('NEW')"),
-        (["consolidated.00.pth"], "only pickles", "save_pretrained('NEW')"),
+        (["pytorch_model-00001-of-00002.bin"], "belong to no index", "pytorch_model.bin.index.json"),
+        (["consolidated.00.pth"], "only pickles", "transformers format"),
+        (["training_args.bin"], "nor any other weights", "--random-weights"),
+        (["adapter_config.json", "adapter_model.safetensors"], "is a PEFT adapter", "merge_and_unload"),
         (["model-q4.gguf"], "only GGUF", "gguf_file='model-q4.gguf'"),
+        (["model.onnx"], "of another framework", "safetensors"),
         (["tf_model.h5"], "of another framework", "safetensors"),
         (["model-00001-of-00002.safetensors"], "belong to no index", INDEX),
         (["config.json"], "nor any other weights", "--random-weights"),
     ],
 )
-def test_folder_without_safetensors_is_refused_with_a_way_out(tmp_path: Path, names: list[str], said: str, fix: str) -> None:
+def test_folder_without_a_checkpoint_is_refused_with_a_way_out(tmp_path: Path, names: list[str], said: str, fix: str) -> None:
     for name in names:
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(SourceUnreadable) as caught:

@@ -41,7 +41,7 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def refusal(name: str | Path, scratch: Path, **flags: bool) -> SourceUnreadable:
+def refusal(name: str | Path, scratch: Path, **flags: Any) -> SourceUnreadable:
     with pytest.raises(SourceUnreadable) as caught:
         ModelSource.resolve(str(name), scratch=scratch, **flags)
     assert caught.value.exit_code == 7
@@ -134,11 +134,66 @@ def test_unknown_name_is_refused_with_what_could_be_named(name: str, tmp_path: P
     assert ("did you mean" in error.fix) == (name == "quil")
 
 
-def test_config_is_refused_when_it_is_missing(model: Path, tmp_path: Path) -> None:
-    (model / "config.json").unlink()
-    assert "has no config.json" in refusal(model, tmp_path).what
-    (model / "adapter_config.json").write_text("{}")
-    assert "adapter" in refusal(model, tmp_path).fix
+@pytest.mark.parametrize(
+    ("names", "said", "fix"),
+    [
+        ([], "has no config.json", "transformers format"),
+        (["adapter_config.json", "adapter_model.safetensors"], "is a PEFT adapter", "merge_and_unload"),
+        (["model-q4.gguf"], "has no config.json, only GGUF", "gguf_file='model-q4.gguf'"),
+        (["model.onnx"], "only an export to another format", "made of"),
+        (["model_index.json"], "is a diffusers pipeline", "language models"),
+        (["params.json", "consolidated.00.pth"], "its publisher's own params.json", "transformers format"),
+    ],
+)
+def test_folder_without_config_is_refused_for_what_it_is(tmp_path: Path, names: list[str], said: str, fix: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("{}")
+    error = refusal(folder, tmp_path)
+    assert said in error.what
+    assert fix in error.fix
+
+
+@pytest.mark.parametrize("settings", ['{"base_model_name_or_path": "org/base"}', "[]", "not JSON"])
+def test_adapter_is_refused_beside_a_whole_model_too(model: Path, tmp_path: Path, settings: str) -> None:
+    (model / "adapter_config.json").write_text(settings)
+    error = refusal(model, tmp_path)
+    assert "PEFT adapter" in error.what
+    assert ("of org/base" in error.what) == ("org/base" in settings)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("instead", ["folder", "link that leads nowhere", "link that is too long", "link to itself"])
+def test_file_that_cannot_be_read_is_refused(model: Path, tmp_path: Path, name: str, instead: str) -> None:
+    path = model / name
+    path.unlink()
+    if instead == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"link that leads nowhere": "gone", "link that is too long": "x" * 300}.get(instead, name))
+    assert name in str(refusal(model, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("C:\\models\\llama", "C:/models/llama"),
+        ("models\\llama", "models/llama"),
+        ("https://huggingface.co/org/name", "leave out the address"),
+        ("x" * 300, "check the path"),
+        ("org/name/", "name a folder"),
+        ("~nobody-of-that-name/model", "name a folder"),
+        ("a\0b", "name a folder"),
+    ],
+)
+def test_name_that_looks_like_something_else_is_refused_with_a_hint(name: str, hint: str, tmp_path: Path) -> None:
+    assert hint in refusal(name, tmp_path).fix
+
+
+def test_folder_wins_over_a_hub_id_of_the_same_name(model: Path, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parents[1])
+    assert ModelSource.resolve("models/my-model", scratch=tmp_path).revision is None
 
 
 @pytest.mark.parametrize(
@@ -284,7 +339,6 @@ def failing(monkeypatch: MonkeyPatch, error: Exception) -> None:
         (errors.RepositoryNotFoundError("401", response=response(401)), "not on the hub, or is private", "no folder of that name"),
         (errors.HfHubHTTPError("401", response=response(401)), "not on the hub, or is private", "HF_TOKEN"),
         (errors.RevisionNotFoundError("404", response=response(404)), "no such revision", "/commits/main"),
-        (errors.RemoteEntryNotFoundError("404", response=response(404)), "has no config.json on the hub", "transformers format"),
         (errors.LocalEntryNotFoundError("connection refused"), "could not be fetched", "check the network"),
         (errors.HfHubHTTPError("502", response=response(502)), "could not be fetched", "check the network"),
         (errors.HFValidationError("bad --"), "is no hub id", "org/name[@revision]"),
@@ -325,58 +379,6 @@ def test_hub_model_is_read_from_the_cache_at_one_commit(cache: Path, tmp_path: P
     assert {stored.file.parent.name for stored in source.tensors.values()} == {"blobs"}
     assert "tokenizer.json" in {path.name for path in source.companion_files()}
     source.load_eager()
-
-
-@pytest.fixture
-def fetched(cache: Path, monkeypatch: MonkeyPatch) -> list[list[str]]:
-    """The patterns that were asked of the hub, call by call, all of them at the one commit."""
-    calls: list[list[str]] = []
-
-    def snapshot_download(name: str, *, revision: str, allow_patterns: list[str]) -> str:
-        assert (name, revision) == ("org/name", COMMIT)
-        calls.append(allow_patterns)
-        return str(cache)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return calls
-
-
-def test_hub_model_gets_random_weights_without_fetching_its_own(fetched: list[list[str]], tmp_path: Path) -> None:
-    source = ModelSource.resolve("org/name", random_weights=True, scratch=tmp_path / "scratch")
-    assert (source.id, source.revision, source.folder) == ("org/name", COMMIT, tmp_path / "scratch")
-    assert "model.safetensors" not in fetched[0]
-    assert len(fetched) == 1
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-def test_hub_weights_are_fetched_by_the_names_of_the_index(cache: Path, fetched: list[list[str]], tmp_path: Path, sharded: bool) -> None:
-    if sharded:
-        shard = (cache / "model.safetensors").rename(cache / "model-00001-of-00001.safetensors")
-        (cache / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(load_file(shard), shard.name)}))
-    ModelSource.resolve("org/name", scratch=tmp_path)
-    companions, weights = fetched
-    assert not any(pattern.endswith((".safetensors", ".py")) for pattern in companions)
-    assert weights == (["model-00001-of-00001.safetensors"] if sharded else ["model.safetensors"])
-
-
-@pytest.mark.parametrize(
-    ("names", "said"), [(["pytorch_model.bin"], "only pickles"), ([], "org/name on the hub holds no model.safetensors")]
-)
-def test_hub_model_is_refused_without_safetensors(
-    cache: Path, tmp_path: Path, monkeypatch: MonkeyPatch, names: list[str], said: str
-) -> None:
-    (cache / "model.safetensors").unlink()
-    if names:
-        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *args, **kwargs: names)
-    refused = refusal("org/name", tmp_path)
-    assert said in refused.what
-    assert list(refused.where) == names
-
-
-def test_hub_model_with_a_bad_config_is_refused_before_weights_are_fetched(cache: Path, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
-    change_config(cache, model_type="unheard-of")
-    monkeypatch.setattr(source_module, "_download_weights", lambda place: pytest.fail("fetched"))
-    assert "does not know model_type" in refusal("org/name", tmp_path).what
 
 
 OFFLINE = """
