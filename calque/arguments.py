@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import calque
-from calque.choices import LOGITS, PRECISIONS, REQUIREMENTS
+from calque.choices import LAYOUTS, LOGITS, PRECISIONS, REPORT_FORMATS, REQUIREMENTS
 from calque.errors import UsageError
 from calque.suggest import nearest
 
@@ -29,7 +29,9 @@ COMMANDS = {
     "validate": "check an artifact against the reference it carries; needs onnxruntime, not torch",
     "generate": "continue a text with an artifact",
     "inspect": "show what an artifact is, what was proved, and whether its files are whole",
+    "report": "write what was converted, measured and proved as Markdown, HTML, JUnit XML or JSON; needs no torch",
     "targets": "list the targets and what each needs here",
+    "conformance": "convert a small model of every type that transformers has for a task, and record what came of each",
     "doctor": "show what this machine and installation have, and what is missing for convert",
 }
 
@@ -107,6 +109,27 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"`{text}` is not a number of minutes")
+    return minutes
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not slash or not 1 <= _positive(index) <= _positive(count):
+        raise argparse.ArgumentTypeError(f"`{text}` is not INDEX/COUNT, the first of four being 1/4")
+    return int(index), int(count)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
 def _assignment(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key:
@@ -118,7 +141,8 @@ def _add_convert(command: Parser) -> None:
     what = command.add_argument_group("what to convert")
     what.add_argument("model", nargs="?", metavar="MODEL", help="hub id (org/name or org/name@revision), local folder, or builtin:NAME")
     what.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="the same, as a flag")
-    what.add_argument("--recipe", type=Path, metavar="FILE", help="YAML file with the settings; flags win over it")
+    files = "YAML files with the settings, one or several; flags win over them; MODEL stands before"
+    what.add_argument("--recipe", type=Path, nargs="+", action="extend", metavar="FILE", help=files)
     what.add_argument("--task", metavar="TASK", help="optimum's task name; inferred from the config where it is left out")
     what.add_argument("--random-weights", action="store_true", default=None, help="seeded random weights: the config is enough")
     what.add_argument("--trust-remote-code", action="store_true", default=None, help="run code that the model's repository brings")
@@ -128,9 +152,14 @@ def _add_convert(command: Parser) -> None:
     to.add_argument(
         "--logits", type=_one_of("choice of logits", LOGITS), metavar="WHICH", help=f"{', '.join(LOGITS)}; all where it is left out"
     )
+    where = f"{' or '.join(LAYOUTS)}: which names the model's files have; flat where it is left out"
+    to.add_argument("--layout", type=_one_of("layout", LAYOUTS), metavar="LAYOUT", help=where)
     to.add_argument("--calibration", metavar="FILE", help="text that activation ranges are measured on")
     to.add_argument("--set", type=_assignment, action="append", metavar="KEY=VALUE", help="an option of the target; may be repeated")
-    to.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="where to write; ./MODEL-TARGET-PRECISION where it is left out")
+    where = "where to write; ./MODEL-TARGET-PRECISION where it is left out. Of several conversions: the folder around theirs"
+    to.add_argument("-o", "--output", type=Path, metavar="FOLDER", help=where)
+    kept = "skip what is there, proved from the same recipe, model and versions, and undamaged; replace an artifact that is not"
+    to.add_argument("--resume", action="store_true", help=kept)
     to.add_argument("--force", action="store_true", help="replace an artifact that is there, in one step, once the new one is proved")
     proof = command.add_argument_group("proof")
     proof.add_argument("--scenarios", metavar="NAMES", help="all, or names joined by commas; all where it is left out")
@@ -165,8 +194,33 @@ def _add_generate(command: Parser) -> None:
     _add_threads(command)
 
 
+def _add_report(command: Parser) -> None:
+    of = "an artifact, a rejected one, or a folder with the matrix.json of several conversions; may be repeated"
+    command.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help=of)
+    formats = f"{', '.join(REPORT_FORMATS)}; markdown if left out"
+    command.add_argument("--format", type=_one_of("format", REPORT_FORMATS), metavar="FORMAT", help=formats)
+    command.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write, in one step; standard output if left out")
+
+
 def _add_nothing(command: Parser) -> None:
     """Leave the command with the flags that every command has."""
+
+
+def _add_conformance(command: Parser) -> None:
+    task = "optimum's task name; text generation if left out"
+    command.add_argument("--task", default="text-generation-with-past", metavar="TASK", help=task)
+    command.add_argument("--types", type=_names, default=(), metavar="NAMES", help="types joined by commas; all of the task if left out")
+    command.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="run the I-th of N parts of the types")
+    command.add_argument(
+        "--results", type=Path, default=Path("support.json"), metavar="FILE", help="the records, added to; support.json if left out"
+    )
+    again = "make records of these statuses again although nothing changed: passed, failed, unsupported, error, all, joined by commas"
+    command.add_argument("--again", type=_statuses, default=frozenset(), metavar="STATUSES", help=again)
+    command.add_argument("--timeout", type=_minutes, default=10.0, metavar="MINUTES", help="how long one type may take; 10 if left out")
+
+
+def _statuses(text: str) -> frozenset[str]:
+    return frozenset(_one_of("status", ("passed", "failed", "unsupported", "error", "all"))(name) for name in _names(text))
 
 
 _ADDERS: dict[str, Callable[[Any], None]] = {
@@ -174,6 +228,8 @@ _ADDERS: dict[str, Callable[[Any], None]] = {
     "validate": _add_validate,
     "generate": _add_generate,
     "inspect": _add_folder,
+    "report": _add_report,
     "targets": _add_nothing,
+    "conformance": _add_conformance,
     "doctor": _add_nothing,
 }

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-import traceback
-import warnings
-from collections.abc import Sequence
-from typing import Any
 
-from calque.arguments import parse
-from calque.commands import HANDLERS, print_json
-from calque.errors import INTERRUPTED, CalqueError, TargetUnavailable, WontFit
-from calque.staging import terminations_as_interrupts
+try:
+    import atexit
+    import contextlib
+    import os
+    import signal
+    import traceback
+    import warnings
+    from collections.abc import Sequence
+    from typing import Any
 
-# What `import` calls the packages of calque[convert].
-CONVERT_MODULES = frozenset(
-    {
-        "huggingface_hub",
-        "ml_dtypes",
-        "onnx",
-        "onnx_ir",
-        "onnxscript",
-        "optimum",
-        "pydantic",
-        "requests",
-        "safetensors",
-        "torch",
-        "transformers",
-    }
-)
+    from calque.arguments import parse
+    from calque.commands import HANDLERS
+    from calque.console import print_json
+    from calque.errors import INTERRUPTED, CalqueError
+    from calque.failures import explained
+    from calque.staging import terminations_as_interrupts
+except KeyboardInterrupt:  # before there is a `main` to catch it
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return CalqueError.exit_code
     except Exception as error:
         return _report_unexpected(error, as_json, verbose)
+    finally:
+        # Last to be registered, first to run: what other libraries do at exit may then be interrupted without a traceback.
+        atexit.register(_end_silently_when_interrupted)
+
+
+def _end_silently_when_interrupted() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def convert_main() -> int:
@@ -70,14 +69,11 @@ def _run(arguments: Sequence[str]) -> int:
                 # Libraries warn their callers; a user of the command can do nothing about it.
                 warnings.simplefilter("ignore")
             return HANDLERS[args.command](args)
-    except ModuleNotFoundError as error:
-        name = (error.name or "").split(".")[0]
-        if name not in CONVERT_MODULES:
+    except Exception as error:
+        known = explained(error, args.command)
+        if known is None or known is error:
             raise
-        fix = "pip install 'calque[convert]'; `calque doctor` lists what is missing"
-        raise TargetUnavailable(f"calque {args.command} needs {name}, which is not installed", fix=fix) from error
-    except MemoryError as error:
-        raise WontFit("memory ran out", fix="close other programs, or convert on a machine with more memory") from error
+        raise known from error
 
 
 def _report(error: CalqueError, as_json: bool, verbose: bool) -> int:

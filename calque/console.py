@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -59,6 +60,11 @@ class Progress:
             self._live.remove_task(self._task)
             self._task = None
             self._live.console.print(f"{now - self._stage_began:7.1f}s  {self._stage}", markup=False, highlight=False)
+
+
+def print_json(value: object) -> None:
+    """Print one JSON object on standard output."""
+    print(json.dumps(value, indent=1, ensure_ascii=False), flush=True)
 
 
 def table(header: Row, rows: Iterable[Row]) -> str:

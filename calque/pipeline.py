@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from calque import __version__, converters, facts, passes, preflight, sentence, targets
+from calque import __version__, converters, facts, passes, plugins, preflight, sentence, targets
 from calque.artifact import MANIFEST, REPORT, Artifact, Proof, file_sha256
 from calque.companions import licence_note
 from calque.errors import TargetUnavailable, Unsupported, UsageError
@@ -104,7 +104,7 @@ def emit(recipe: Recipe, target: Target, source: ModelSource, folder: Path, stag
         graphs=emitted.graphs,
         states=model.states,
         passes={name: did.count for name, did in done.items()},
-        tools=tool_versions(),
+        tools={**tool_versions(), **plugins.versions(recipe.target, done)},
         limits=limits,
     )
     artifact, more = targets.finish(target, artifact, source.config)

@@ -6,7 +6,8 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,12 +25,16 @@ from pydantic import (
     model_validator,
 )
 
-from calque.choices import Logits, Precision, Requirement
-from calque.recipe_errors import problems_of, recipe_error
-from calque.strict_yaml import Document, read_document
+from calque.choices import Layout, Logits, Precision, Requirement
+from calque.recipe_errors import Origin, problems_of, recipe_error
+from calque.strict_yaml import read_document
 
 # Settings of the machine that converts. They change how long it takes, never a byte of what comes out.
 _MACHINE_SETTINGS = frozenset({"max_memory", "threads", "require", "matrix"})
+
+_AXES = ("model", "target", "precision")
+# More would take weeks, and listing them all would take the memory first.
+MOST_CELLS = 1000
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -72,6 +77,12 @@ def _pass_entry(value: object) -> object:
     raise ValueError(f"must be a pass name, or one name with its options, {{quantize_weights: {{group: 64}}}}; found {value!r}")
 
 
+def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
+    if twice := sorted(value for value, count in Counter(values).items() if count > 1):
+        raise ValueError(f"must name each once; named again: {', '.join(twice)}")
+    return values
+
+
 def _target_name(value: str) -> str:
     if re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", value):
         return value
@@ -87,36 +98,54 @@ Range = Annotated[tuple[StrictInt, StrictInt, StrictInt], AfterValidator(_ordere
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Dims(_Settings):
     """How large each dynamic dimension gets: smallest, typical, largest; ``max_length`` bounds prompt and answer together."""
 
     batch_size: Range = (1, 1, 8)
+    """Rows of a call: [min, typical, max]."""
     sequence_length: Range = (1, 128, 2048)
+    """Tokens of a call: [min, typical, max]."""
     max_length: Count | None = None
+    """Most tokens of prompt and answer together; the artifact refuses more."""
 
 
 class Calibration(_Settings):
     """The text that activation ranges are measured on."""
 
     text: Name
+    """File with the text, relative to the folder that `calque` runs in."""
     samples: Count = 128
+    """How many pieces of it are measured."""
 
 
 class Parity(_Settings):
     """Which scenarios the artifact must pass: all that its limits allow, or those named."""
 
     scenarios: Annotated[Literal["all"] | tuple[Name, ...], BeforeValidator(_scenarios)] = "all"
+    """all, or a list of names such as single-prompt and ragged-left."""
 
 
 class Matrix(_Settings):
     """Axes of a cartesian product; each cell is a recipe of its own."""
 
-    model: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
-    target: Annotated[tuple[TargetName, ...], Field(min_length=1)] | None = None
-    precision: Annotated[tuple[Precision, ...], Field(min_length=1)] | None = None
+    model: Annotated[tuple[Name, ...], Field(min_length=1), AfterValidator(_distinct)] | None = None
+    """Models, each as under the key model."""
+    target: Annotated[tuple[TargetName, ...], Field(min_length=1), AfterValidator(_distinct)] | None = None
+    """Targets, each as under the key target."""
+    precision: Annotated[tuple[Precision, ...], Field(min_length=1), AfterValidator(_distinct)] | None = None
+    """Precisions, each as under the key precision."""
+
+    @model_validator(mode="after")
+    def _has_cells(self) -> Matrix:
+        axes = [cells for axis in _AXES if (cells := getattr(self, axis))]
+        if not axes:
+            raise ValueError("must list something under model, target or precision")
+        if (count := math.prod(len(cells) for cells in axes)) > MOST_CELLS:
+            raise ValueError(f"has {count} cells; the most are {MOST_CELLS}")
+        return self
 
 
 def _default_precision(settings: dict[str, Any]) -> Precision:
@@ -127,22 +156,41 @@ class Recipe(_Settings):
     """What to convert, to what, how, and what must be proved. Frozen; unknown keys are refused."""
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
+    """Version of the format of recipes."""
     model: Name
+    """What to convert: org/name, org/name@revision, a folder, or builtin:NAME."""
     task: Name | None = None
+    """Optimum's name of the task, such as text-generation-with-past; left out: what the model's config says."""
     target: TargetName
+    """Runtime to convert for; `calque targets` lists them."""
     precision: Precision = Field(default_factory=_default_precision)
+    """What the weights are stored in; left out: fp32, for tensorrt fp16."""
     dims: Dims = Dims()
+    """How large each dynamic dimension gets."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """The target's own options, as `--set KEY=VALUE`."""
     passes: tuple[PassEntry, ...] | None = None
+    """Passes in order, each a name or {name: {option: value}}; left out: the target's list; []: none."""
     calibration: Calibration | None = None
+    """Text that activation ranges are measured on."""
     max_memory: Bytes | None = None
+    """Memory that converting may use: 2GB, 512MiB, or a number of bytes."""
     parity: Parity = Parity()
+    """What must be proved."""
     matrix: Matrix | None = None
+    """Every combination of these is a conversion of its own, in a folder {model}-{target}-{precision}."""
     logits: Logits = "all"
+    """Which positions get logits; dynamic adds the input num_logits_to_keep."""
+    layout: Layout = "flat"
+    """Which names the model's files have; transformers.js: onnx/model.onnx and onnx/model.onnx_data."""
     random_weights: StrictBool = False
+    """Seeded random weights in place of the model's own: its config is enough."""
     trust_remote_code: StrictBool = False
+    """Run the code that the model's repository brings."""
     require: Requirement | None = None
-    threads: Annotated[StrictInt, Field(ge=0)] = 0
+    """Exit 5 where the artifact could not be built, or not be executed, on this machine."""
+    threads: Annotated[StrictInt, Field(ge=0, le=1024)] = 0
+    """Threads to compute with; 0 lets the runtime choose."""
 
     @model_validator(mode="before")
     @classmethod
@@ -161,11 +209,18 @@ class Recipe(_Settings):
         Raises:
             RecipeError: every problem at once, with the line of each and the nearest known key.
         """
+        return cls.read_with_origin(path, overrides)[0]
+
+    @classmethod
+    def read_with_origin(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Recipe, Origin]:
+        """Return what `read` returns, and where each setting was written, for problems that are found later."""
         document = read_document(path)
         if not isinstance(document.data, dict):
             found = "nothing" if document.data is None else type(document.data).__name__
             raise recipe_error([f"line 1: a recipe is a mapping of keys to values; found {found}"], str(path))
-        return cls._checked({**document.data}, dict(overrides or {}), document, str(path))
+        flags = dict(overrides or {})
+        origin = Origin(str(path), document, frozenset(flags))
+        return cls._checked({**document.data}, flags, origin), origin
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], origin: str = "the command line") -> Recipe:
@@ -174,34 +229,42 @@ class Recipe(_Settings):
         Raises:
             RecipeError: every problem at once, with the nearest known key.
         """
-        return cls._checked({}, dict(settings), Document({}, {}), origin)
+        return cls._checked({}, dict(settings), Origin(origin, flags=frozenset(settings)))
 
     @classmethod
-    def _checked(cls, data: dict[str, Any], flags: dict[str, Any], document: Document, origin: str) -> Recipe:
-        if isinstance(data.get("matrix"), dict):
-            data["matrix"] = {axis: cells for axis, cells in data["matrix"].items() if axis not in flags} or None
+    def _checked(cls, data: dict[str, Any], flags: dict[str, Any], origin: Origin) -> Recipe:
+        matrix = data.get("matrix")
+        if isinstance(matrix, dict) and set(matrix) & set(flags):
+            data["matrix"] = {axis: cells for axis, cells in matrix.items() if axis not in flags} or None
         for key in ("options", "parity"):
             if isinstance(data.get(key), dict) and isinstance(flags.get(key), dict):
                 flags[key] = {**data[key], **flags[key]}
         try:
-            return cls.model_validate({**data, **flags})
+            recipe = cls.model_validate({**data, **flags})
         except ValidationError as error:
-            raise recipe_error(problems_of(error, cls, document, flags), origin) from error
+            raise recipe_error(problems_of(error, cls, origin), origin.name) from error
+        if shared := _shared_folders(recipe._cells()):
+            raise origin.error((("matrix",), f"several cells would be written to {name}") for name in shared)
+        return recipe
 
     def expand(self) -> dict[str, Recipe]:
-        """Return every cell of the matrix by the name of its folder; the recipe alone where there is no matrix."""
+        """Return every cell of the matrix by the name of its folder; the recipe alone where there is no matrix.
+
+        Raises:
+            RecipeError: two cells have one name.
+        """
+        cells = self._cells()
+        if shared := _shared_folders(cells):
+            raise recipe_error([f"matrix: several cells would be written to {name}" for name in shared], "the recipe")
+        return {default_folder(cell): cell for cell in cells}
+
+    def _cells(self) -> list[Recipe]:
         if self.matrix is None:
-            return {default_folder(self): self}
+            return [self]
         given = {name: getattr(self, name) for name in self.model_fields_set - {"matrix", "schema_version"}}
-        axes = {axis: cells for axis in ("model", "target", "precision") if (cells := getattr(self.matrix, axis))}
-        cells = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
-        recipes = [Recipe(**{**given, **cell}) for cell in cells]
-        folders = {default_folder(recipe): recipe for recipe in recipes}
-        if len(folders) < len(recipes):
-            names = [default_folder(recipe) for recipe in recipes]
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise recipe_error([f"matrix: several cells would be written to {name}" for name in twice], "the recipe")
-        return folders
+        axes = {axis: cells for axis in _AXES if (cells := getattr(self.matrix, axis))}
+        chosen = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+        return [Recipe(**{**given, **values}) for values in chosen]
 
     def as_manifest(self) -> dict[str, Any]:
         """Return the recipe as manifest.json records it: defaults written out, no paths, no settings of the machine."""
@@ -220,8 +283,13 @@ def unbuilt_settings(recipe: Recipe) -> list[str]:
     if recipe.max_memory is not None:
         lines.append("max_memory  no limit is enforced; leave it out")
     if recipe.matrix is not None:
-        lines.append(f"matrix  one recipe at a time; convert these one by one: {', '.join(recipe.expand())}")
+        lines.append("matrix  one conversion makes one artifact; convert each recipe that Recipe.expand() gives")
     return lines
+
+
+def _shared_folders(cells: Sequence[Recipe]) -> list[str]:
+    """Return the folders that more than one cell would be written to."""
+    return sorted(name for name, count in Counter(map(default_folder, cells)).items() if count > 1)
 
 
 def default_folder(recipe: Recipe) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -11,6 +12,9 @@ from pydantic_core import ErrorDetails
 from calque.errors import RecipeError
 from calque.strict_yaml import Document, Location
 from calque.suggest import nearest
+
+# Of a value that may be of any length.
+LONGEST_SHOWN = 200
 
 _WORDING = {
     "string_type": "must be text; put it in quotes",
@@ -25,13 +29,39 @@ _WORDING = {
 }
 
 
+# A value that was pasted by mistake may be as long as the file.
+_LONGEST = 400
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the settings of a recipe were written: the name of its file, its lines, and which keys were flags instead."""
+
+    name: str
+    document: Document = field(default_factory=lambda: Document({}, {}))
+    flags: frozenset[str] = frozenset()
+
+    def error(self, problems: Iterable[tuple[Location, str]]) -> RecipeError:
+        """Return the error that lists the problems, each with its line, in the order of the lines."""
+        return recipe_error([text for _, text in sorted(self.placed(at, message) for at, message in problems)], self.name)
+
+    def placed(self, at: Location, message: str) -> tuple[float, str]:
+        """Return the line of a problem, infinite where a flag said it, and the problem with the line and the key before it."""
+        text = f"{_dotted(at)}: {message}" if at else message
+        if at and at[0] in self.flags:
+            return float("inf"), text
+        line = self.document.line(at)
+        return line, f"line {line}: {text}" if self.document.lines else text
+
+
 def recipe_error(problems: Sequence[str], origin: str) -> RecipeError:
     """Return the error that lists every problem found in ``origin``."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return RecipeError(f"{count} in {origin}", problems, "docs/recipes.md lists every key")
+    shown = [line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…" for line in problems]
+    return RecipeError(f"{count} in {origin}", shown, "docs/recipes.md lists every key")
 
 
-def problems_of(error: ValidationError, model: type[BaseModel], document: Document, flags: Mapping[str, Any]) -> list[str]:
+def problems_of(error: ValidationError, model: type[BaseModel], origin: Origin) -> list[str]:
     """Return one line for each problem, in the order of the file's lines; flags and missing keys come last."""
     found: dict[tuple[float, str], str] = {}
     for detail in error.errors(include_url=False):
@@ -44,12 +74,9 @@ def problems_of(error: ValidationError, model: type[BaseModel], document: Docume
         key = _dotted(at)
         if detail["type"] == "missing" and at == detail["loc"]:
             found.setdefault((float("inf"), key), f"{key}: is missing, and there is no default")
-        elif at and at[0] in flags:
-            found.setdefault((float("inf"), key), f"{key}: {_message(detail, model)}")
         else:
-            line = document.line(at)
-            prefix = f"line {line}: " if document.lines else ""
-            found.setdefault((line, key), f"{prefix}{key}: {_message(detail, model)}" if key else f"{prefix}{_message(detail, model)}")
+            line, text = origin.placed(at, _message(detail, model))
+            found.setdefault((line, key), text)
     return [text for _, text in sorted(found.items(), key=lambda item: item[0][0])]
 
 
@@ -71,7 +98,8 @@ def _message(detail: ErrorDetails, model: type[BaseModel]) -> str:
         # Among recipe keys only the ranges have a fixed length.
         return f"must be three whole numbers, min, typical, max; found {list(value)!r}"
     wording = _WORDING.get(kind) or detail["msg"][:1].lower() + detail["msg"][1:]
-    return f"{wording}; found {value!r}"
+    found = repr(value)
+    return f"{wording}; found {found if len(found) <= LONGEST_SHOWN else found[:LONGEST_SHOWN] + '…'}"
 
 
 def _fields(model: type[BaseModel]) -> dict[str, Any]:

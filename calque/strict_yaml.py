@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.reader import ReaderError
 
 from calque.errors import RecipeError
 
 Location = tuple[str | int, ...]
+
+# A recipe takes a few hundred bytes and three levels. What is larger is no recipe, and is refused before it costs time.
+LARGEST = 64 << 10
+DEEPEST = 16
+SHAPE = "docs/recipes.md says what a recipe may hold"
 
 
 class _CoreSchemaLoader(yaml.SafeLoader):
@@ -48,37 +54,66 @@ def read_document(path: Path) -> Document:
     """Return what the file holds.
 
     Raises:
-        RecipeError: no such file, not UTF-8, not YAML, a key given twice, an alias, or a tag; with its line.
+        RecipeError: no such file, larger than any recipe, not UTF-8, not YAML, nested too deeply, a key given twice, an alias,
+            or a tag; with its line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RecipeError(f"{path} cannot be read: {reason}", fix="name an existing recipe file") from error
+    if len(content) > LARGEST:
+        raise RecipeError(f"{path} is larger than {LARGEST // 1024} KiB, as no recipe is", fix="name a recipe file")
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}", fix="save the file as UTF-8") from error
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}", fix="name an existing recipe file") from error
+        where = [f"line {_line(content[: error.start].decode('latin-1'))}: {error.reason} at byte {error.start}"]
+        raise RecipeError(f"{path} is not UTF-8 text", where, "save the file as UTF-8") from error
     return parse_document(text, str(path))
 
 
 def parse_document(text: str, origin: str) -> Document:
-    """Return what the text holds; ``origin`` is what error messages call it."""
+    """Return what the text holds; ``origin`` is what error messages call it.
+
+    Raises:
+        RecipeError: not YAML, nested too deeply, a key given twice, an alias, a tag, or a character that is no text; with its line.
+    """
     try:
+        _check_depth(text, origin)
         node = _CoreSchemaLoader(text).get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
-        raise RecipeError(f"{origin} is not valid YAML", [f"line {line}: {error.problem or error.context}"]) from error
+        where = [f"line {mark.line + 1 if mark else 1}: {error.problem or error.context}"]
+        raise RecipeError(f"{origin} is not valid YAML", where, f"correct this line; {SHAPE}") from error
+    except ReaderError as error:
+        where = [f"line {_line(text[: error.position])}: character {error.character!r}: {error.reason}"]
+        raise RecipeError(f"{origin} is not valid YAML", where, "name a recipe file; this one holds something that is no text") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"{origin} is not valid YAML", [str(error)]) from error
-    except RecursionError as error:
-        raise RecipeError(f"{origin} is nested too deeply", fix="recipes are two or three levels deep") from error
+        raise RecipeError(f"{origin} is not valid YAML", [str(error)], SHAPE) from error
     if node is None:
         return Document(None, {})
     lines: dict[Location, int] = {}
     problems: list[tuple[int, str]] = []
     data = _build(node, (), lines, problems, set())
     if problems:
-        raise RecipeError(f"{_count(len(problems))} in {origin}", [f"line {line}: {problem}" for line, problem in sorted(problems)])
+        where = [f"line {line}: {problem}" for line, problem in sorted(problems)]
+        raise RecipeError(f"{_count(len(problems))} in {origin}", where, f"write plain values; {SHAPE}")
     return Document(data, lines)
+
+
+def _check_depth(text: str, origin: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, _CoreSchemaLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            where = [f"line {event.start_mark.line + 1 if event.start_mark else 1}: more than {DEEPEST} levels"]
+            raise RecipeError(f"{origin} is nested too deeply", where, "recipes are two or three levels deep")
+
+
+def _line(before: str) -> int:
+    """Return the line that the text after ``before`` begins on."""
+    return before.count("\n") + 1
 
 
 def parse_value(text: str) -> Any:
@@ -115,8 +150,10 @@ def _keys(
         key = key_node.value
         if not isinstance(key_node, yaml.ScalarNode):
             problems.append((line, "a key that is not text"))
+        elif not _is_text(key):
+            problems.append((line, f"key {key[:40]!r} holds a character that is no text"))
         elif (*at, key) in lines:
-            problems.append((line, f"key `{key}` is given twice, first on line {lines[(*at, key)]}"))
+            problems.append((line, f"key `{key[:40]}` is given twice, first on line {lines[(*at, key)]}"))
         else:
             lines[(*at, key)] = line
             yield key, value
@@ -135,8 +172,15 @@ def _scalar(node: yaml.ScalarNode, line: int, problems: list[tuple[int, str]]) -
         if kind == "float":
             return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     except (ValueError, KeyError):
-        problems.append((line, f"{text!r} is not a {kind}"))
+        problems.append((line, f"{text[:40]!r} is not a {kind}"))
         return None
     if kind != "str":
         problems.append((line, f"a tag, !!{kind}; recipes hold plain values"))
+    elif not _is_text(text):
+        problems.append((line, f"{text[:40]!r} holds a character that is no text"))
     return text
+
+
+def _is_text(value: str) -> bool:
+    r"""Return whether the value can be printed and be a file's name: "\0" and half a surrogate pair, which YAML can escape, cannot."""
+    return not any((character < " " and character not in "\t\n") or "\ud800" <= character <= "\udfff" for character in value)

@@ -1,19 +1,23 @@
 """Passes: rewrites of the traced graph. One file each, named as users type it; the file is found by its name.
 
 A pass is a frozen dataclass whose fields are its options, with ``apply(model) -> Rewrites`` and ``after``, the passes that
-must have run before it. ``after`` is checked and never used to sort: a plan is a literal list.
+must have run before it. ``after`` is checked and never used to sort: a plan is a literal list. Other distributions add
+passes by entry points of the group ``calque.passes``: see docs/adding.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
+from calque import plugins
 from calque.errors import RecipeError, UsageError
 from calque.options import construct
+from calque.suggest import nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,13 +54,58 @@ class ChangesOutputs(Protocol):
 
 
 def names() -> list[str]:
-    """Return the name of every pass."""
+    """Return the name of every pass, plug-ins' too."""
+    return sorted({*built_in(), *plugins.names(plugins.PASSES)})
+
+
+def built_in() -> list[str]:
+    """Return the name of every pass of Calque's own."""
     return sorted(module.name for module in iter_modules(__path__))
 
 
 def name_of(rewrite: Pass) -> str:
-    """Return the name of a pass: that of its file."""
-    return type(rewrite).__module__.rpartition(".")[2]
+    """Return the name of a pass, which its class is called after: FuseRmsNorm is fuse_rms_norm."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(rewrite).__name__).lower()
+
+
+def class_name(name: str) -> str:
+    """Return what the class of the pass called ``name`` is called."""
+    return "".join(word.capitalize() for word in name.split("_"))
+
+
+def find(name: str) -> type[Pass]:
+    """Return the class of the pass called ``name``.
+
+    Raises:
+        RecipeError: no such pass, with those there are.
+        UsageError: several passes of that name.
+        TargetUnavailable: it comes from a plug-in that is broken.
+    """
+    if name not in names():
+        raise RecipeError(f"there is no pass {name!r}{nearest(name, names())}", fix=f"passes: {', '.join(names())}")
+    entry = plugins.claimed(plugins.PASSES, name, name in built_in())
+    found: type[Pass]
+    if entry:
+        found = plugins.load(entry, _faults)
+    else:
+        found = getattr(import_module(f"calque.passes.{name}"), class_name(name))
+    return found
+
+
+def _faults(found: Any, name: str) -> Iterator[str]:
+    """Yield what keeps the object of an entry point from being the pass called ``name``."""
+    if not isinstance(found, type) or not is_dataclass(found):
+        yield f"it is no dataclass but {found!r}"
+        return
+    if found.__name__ != class_name(name) or not re.fullmatch(r"[a-z]+(_[a-z][a-z0-9]*)*", name):
+        yield f"pass {name!r} and class {found.__name__} do not fit: fuse_rms_norm is the class FuseRmsNorm"
+    if not isinstance(getattr(found, "after", None), frozenset):
+        yield "it has no `after`, a frozenset of the passes that it needs before it"
+    if not callable(getattr(found, "apply", None)):
+        yield "it has no method apply(model)"
+    needed = [field.name for field in fields(found) if field.init and field.default is MISSING and field.default_factory is MISSING]
+    if needed:
+        yield f"its options need defaults: {', '.join(needed)}"
 
 
 def load(name: str, options: Mapping[str, Any] | None = None) -> Pass:
@@ -65,11 +114,7 @@ def load(name: str, options: Mapping[str, Any] | None = None) -> Pass:
     Raises:
         RecipeError: no such pass, or no such option, with what there is.
     """
-    if name not in names():
-        raise RecipeError(f"there is no pass {name!r}", fix=f"passes: {', '.join(names())}")
-    module = import_module(f"calque.passes.{name}")
-    cls = getattr(module, "".join(word.capitalize() for word in name.split("_")))
-    made: Pass = construct(cls, options or {}, f"pass {name}")
+    made: Pass = construct(find(name), options or {}, f"pass {name}")
     return made
 
 

@@ -139,7 +139,7 @@ def _cell(parent: Path, row: Mapping[str, Any]) -> Cell:
     if folder and status == "failed" and not folder.name.endswith(".rejected"):
         folder = rejected_folder(folder)
     found: Cell | None = None
-    if folder and status != "skipped" and (folder / MANIFEST).is_file():
+    if folder and (folder / MANIFEST).is_file():
         try:
             found = read_artifact(folder)
         except ArtifactUnreadable as damage:

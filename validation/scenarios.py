@@ -6,11 +6,14 @@ one forward a pool sequence, not one a scenario.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+
+from calque.suggest import nearest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,6 +31,13 @@ SMALL_MAX_LENGTH = 2048
 FEW_POSITIONS = 128
 # What the logits of one call may take where a scenario is free to cut the prompt.
 LOGITS_BYTES = 256 << 20
+
+
+# Every name that `build` can give; a number is a window, or a length at which the rotary frequencies change.
+NAMES = re.compile(
+    r"single-prompt|ragged-(left|right)|chunked-prefill(-batch|-left)?|batch-[25]|untraced-length|length-1(-left|-right)?"
+    r"|past-window-\d+(-left|-right)?|across-window-\d+|beyond-\d+|across-\d+(-left|-right)?|continued-past-\d+|(past-)?full-length"
+)
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,12 @@ def build(
     run = [shape for shape in shapes if shape.longest <= longest]
     pool = _pool(max((shape.longest for shape in run), default=0), vocab_size, excluded, seed)
     return [_fill(shape, limits, pool, longest, vocab_size, cached) for shape in shapes]
+
+
+def unknown(names: Iterable[str]) -> dict[str, str]:
+    """Return the names that no scenario of any model has, each with the nearest that some model's has."""
+    fixed = [shape.name for shape in _basic()] + ["full-length", "past-full-length"]
+    return {name: nearest(name, fixed) for name in names if not NAMES.fullmatch(name)}
 
 
 def _pool(length: int, vocab_size: int, excluded: Iterable[int], seed: int) -> list[tuple[int, ...]]:

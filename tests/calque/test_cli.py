@@ -64,8 +64,20 @@ def test_convert_prints_the_tables_and_where_it_wrote(converted: Converted, caps
 
 
 def test_every_flag_reaches_the_recipe(converted: Converted, tmp_path: Path) -> None:
-    flags = ["--task", "text-generation-with-past", "--precision", "int4", "--logits", "last", "--calibration", "c.txt", "--set", "a=1"]
-    flags += ["--set", "b=any", "--scenarios", "x,y", "--require", "build", "--max-memory", "2GB", "--threads", "3", "--random-weights"]
+    flags = ["--task", "text-generation-with-past", "--precision", "int4", "--logits", "last", "--calibration", "c.txt"]
+    flags += [
+        "--set",
+        "operators=standard",
+        "--scenarios",
+        "batch-2,length-1",
+        "--require",
+        "build",
+        "--max-memory",
+        "2GB",
+        "--threads",
+        "3",
+        "--random-weights",
+    ]
     flags += ["--trust-remote-code", "--force", "-o", "there"]
     assert cli.main([*CONVERT, *flags]) == 0
     assert converted.force
@@ -73,7 +85,8 @@ def test_every_flag_reaches_the_recipe(converted: Converted, tmp_path: Path) -> 
     assert converted.recipe == Recipe.of(
         {
             "model": "builtin:quill", "target": "onnxruntime", "task": "text-generation-with-past", "precision": "int4", "logits": "last",
-            "calibration": {"text": "c.txt"}, "options": {"a": 1, "b": "any"}, "parity": {"scenarios": ["x", "y"]}, "require": "build",
+            "calibration": {"text": "c.txt"}, "options": {"operators": "standard"},
+            "parity": {"scenarios": ["batch-2", "length-1"]}, "require": "build",
             "max_memory": 2 * 10**9, "threads": 3, "random_weights": True, "trust_remote_code": True,
         }
     )  # fmt: skip

@@ -7,6 +7,8 @@ import re
 import tomllib
 from pathlib import Path
 
+import yaml
+
 import calque
 from calque.arguments import COMMANDS, EXIT_CODES, build_parser
 
@@ -34,6 +36,18 @@ def test_the_readme_uses_flags_that_exist() -> None:
     used = [(command, flag) for command, rest in lines if command in COMMANDS for flag in re.findall(r"(?<!\S)--?[a-z][\w-]*", rest)]
     assert used
     assert [(command, flag) for command, flag in used if flag not in commands[command]._option_string_actions] == []
+
+
+def test_the_workflow_is_yaml_and_uses_flags_that_exist() -> None:
+    _, commands = build_parser()
+    text = (ROOT / "docs" / "convert-models.yml").read_text(encoding="utf-8")
+    steps = yaml.safe_load(text)["jobs"]["convert"]["steps"]
+    lines = [line for step in steps for line in step.get("run", "").splitlines() if line.startswith("calque ")]
+    assert [line.split()[1] for line in lines] == ["convert", "report", "report", "report"]
+    used = [(line.split()[1], flag) for line in lines for flag in re.findall(r"(?<!\S)--?[a-z][\w-]*", line)]
+    assert [(command, flag) for command, flag in used if flag not in commands[command]._option_string_actions] == []
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert [line for line in lines if line not in page and "html" not in line] == []
 
 
 def test_links_between_documents_lead_somewhere() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from calque.artifact import Limits
-from calque.validation.scenarios import PAD, Scenario, build, calls, pad
+from calque.validation.scenarios import PAD, Scenario, build, calls, pad, unknown
 
 ANY = Limits()
 
@@ -133,3 +133,13 @@ def test_the_call_that_crosses_the_threshold_starts_over() -> None:
 def test_a_scenario_that_contradicts_itself_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="scenario s"):
         Scenario(**{"name": "s", "why": "", **wrong})  # type: ignore[arg-type]
+
+
+def test_every_name_that_can_be_built_is_known_and_a_typo_is_not() -> None:
+    built = names(Limits(recompute_at=16, max_length=40), windows={8, 16}) + names(Limits(padding="none"), windows={8})
+    built += names(ANY, max_positions=64, cached=False) + names(Limits(padding="right", batched_chunk=False))
+    assert unknown(built) == {}
+    assert {"past-window-8", "across-window-8", "beyond-16", "across-16-right", "continued-past-16", "past-full-length"} <= set(built)
+    typos = ["ragged-letf", "batch-3", "past-window-x-left", "single-prompt ", "all"]
+    assert list(unknown([*typos, "batch-2"])) == typos
+    assert unknown(typos)["ragged-letf"] == "; did you mean `ragged-left`?"

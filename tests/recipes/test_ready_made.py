@@ -1,0 +1,44 @@
+"""Every recipe of the repository, followed to its end on a small model of the same architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from calque.pipeline import convert
+from calque.recipe import Recipe
+from calque.runtime import open_session
+from calque.validation.report import Report
+from tests.recipes.small_configs import CONFIGS, read_shrunken
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+QUILL = "builtin:quill"
+
+# What sets a model apart, so that it must be asked for it.
+TELLING = {
+    "google/gemma-3-270m-it": {"past-window-8-left", "past-window-8-right"},
+    "microsoft/Phi-4-mini-instruct": {"beyond-32", "across-32-left", "continued-past-32"},
+}
+
+
+def test_every_model_of_a_recipe_has_a_small_config() -> None:
+    assert {Recipe.read(path).model for path in RECIPES} == {QUILL, *CONFIGS}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_makes_a_proved_artifact_of_a_small_model(path: Path, tmp_path: Path) -> None:
+    asked = Recipe.read(path)
+    name = asked.model.rpartition("/")[2]
+    artifact = convert(read_shrunken(path, tmp_path / name), tmp_path / "out")
+    rows = Report.read(artifact.folder).scenarios
+    assert artifact.proof.numerics.status == artifact.proof.execution.status == "passed"
+    assert {row["status"] for row in rows} == {"passed"}
+    assert {"ragged-left", "ragged-right", "batch-5", *TELLING.get(asked.model, ())} <= {row["name"] for row in rows}
+    assert artifact.recipe == {**asked.as_manifest(), "model": name, "random_weights": asked.model != QUILL}
+    outputs = {spec.name for spec in artifact.graphs["model"].outputs if not spec.name.startswith("present.")}
+    pooled = asked.task == "sentence-similarity"
+    assert outputs == ({"token_embeddings", "sentence_embedding"} if pooled else {"logits"})
+    assert bool(artifact.states) is not pooled
+    assert artifact.damaged_files() == []
+    open_session(artifact.folder)
