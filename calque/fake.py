@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from calque.errors import CalqueError, SourceUnreadable
+from calque.memory import ran_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -28,8 +29,11 @@ def buildable(config: PreTrainedConfig) -> Iterator[None]:
     except CalqueError:
         raise
     except Exception as error:  # constructors are foreign code and raise anything: KeyError, ZeroDivisionError…
+        if ran_out(error):
+            raise
+        said = str(error).strip().partition("\n")[0]  # torch appends the frames of its own C++
         raise SourceUnreadable(
-            f"config.json describes no {config.model_type} model that can be built: {type(error).__name__}: {error}",
+            f"config.json describes no {config.model_type} model that can be built: {type(error).__name__}: {said}",
             fix="check its values against the model's documentation",
         ) from error
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calque.errors import WontFit
+from calque.errors import WeightMismatch, WontFit
 
 if TYPE_CHECKING:
     from calque.source import ModelSource
@@ -36,6 +36,20 @@ def require_disk(source: ModelSource, folder: Path) -> None:
         raise WontFit(
             f"{source.id} needs {needed / 1e9:.2f} GB on disk, {free / 1e9:.2f} GB are free where the output goes",
             fix="free some space, or name a folder on another disk with -o",
+        )
+
+
+def require_tensors(source: ModelSource) -> None:
+    """Leave quietly if the checkpoint can hold as many layers as the config promises; building more would take forever.
+
+    Raises:
+        WeightMismatch: how many layers, and how many tensors.
+    """
+    layers = getattr(source.config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > len(source.tensors):
+        raise WeightMismatch(
+            f"config.json of {source.id} promises {layers} layers, and the checkpoint holds {len(source.tensors)} tensors in all",
+            fix="check that config.json and the weights belong together, and that every shard is there",
         )
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from calque.errors import Unsupported
 from calque.fake import buildable, fake_parameters
 from calque.tasks import TASKS, Task
 from calque.weights import DTYPES
@@ -132,6 +133,9 @@ class _Law:
         module = model.get_submodule(prefix)
         shape = tuple(tensor.shape)
         if not isinstance(tensor, torch.nn.Parameter) or not tensor.is_floating_point():
+            if isinstance(tensor, FakeTensor):
+                fix = "name a checkpoint with its weights"
+                raise Unsupported(f"{name} is computed from the weights while the model is built, so random ones would not fit it", fix=fix)
             return cls(tensor.detach(), 0.0, shape, tensor.dtype)
         if tensor.ndim <= 1:
             offset = 0.0 if "bias" in attribute else NORM_OFFSET

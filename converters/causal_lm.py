@@ -97,7 +97,7 @@ def guard(source: ModelSource) -> None:
     config = source.config
     if getattr(config, "quantization_config", None) is not None:
         raise Unsupported(f"{source.id} is a quantized checkpoint, which this release cannot read", fix="convert the unquantized model")
-    kinds = set(getattr(config, "layer_types", None) or ()) - KEY_VALUE_LAYERS
+    kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ()) - KEY_VALUE_LAYERS
     if kinds:
         raise Unsupported(
             f"{source.id} ({config.model_type}) needs states besides keys and values",
@@ -155,11 +155,20 @@ def record_layers(model: PreTrainedModel, mode: FakeTensorMode) -> dict[int, tup
 def _call(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
     """Return the logits; positions are given to the models that take them, the others count the mask."""
     forward = type(model).forward
-    extra = {"position_ids": positions} if "position_ids" in inspect.signature(forward).parameters else {}
+    extra = {"position_ids": positions} if _takes_positions(model) else {}
     with known(positions, mask):
         out = forward(model, input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict=True, **extra)
     logits: Tensor = out.logits
     return logits
+
+
+def _takes_positions(model: PreTrainedModel) -> bool:
+    """Return whether positions may be given to the model: by name, or among what it hands on to its decoder."""
+    parameters = inspect.signature(type(model).forward).parameters
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[no-untyped-call]
+    hands_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    inner = inspect.signature(type(decoder).forward).parameters if hands_on and decoder is not None else {}
+    return "position_ids" in parameters or "position_ids" in inner
 
 
 def export(model: PreTrainedModel, mode: FakeTensorMode, layers: dict[int, tuple[int, int, int]]) -> torch.export.ExportedProgram:

@@ -38,7 +38,7 @@ def write_in_real_numbers(model: TracedModel) -> int:
             pairs[node] = _PAIRS[node.target](_caller(model.graph, node), node, pairs)
     for reader in readers:
         with model.graph.inserting_before(reader):
-            real = _READERS[reader.target](_caller(model.graph, reader), pairs[reader.args[0]])  # type: ignore[index]
+            real = _READERS[reader.target](_caller(model.graph, reader), pairs[reader.args[0]])
         reader.replace_all_uses_with(real)
         model.graph.erase_node(reader)
     for node in reversed(complex_nodes):

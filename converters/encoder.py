@@ -39,6 +39,8 @@ from calque.errors import Unsupported
 from calque.source import ModelSource
 from calque.traced import TracedModel, user_nodes
 
+aten = torch.ops.aten
+
 OUTPUTS = {
     "feature-extraction": ("last_hidden_state", "pooler_output"),
     "sentence-similarity": ("last_hidden_state",),
@@ -50,6 +52,7 @@ OUTPUTS = {
 
 # Example sizes while tracing: none is 0 or 1, which export would bake in, and they differ.
 BATCH, SEQUENCE = 2, 5
+CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding, aten.convolution.default)
 POSITIONS_FROM_IDS = "create_position_ids_from_input_ids"
 
 
@@ -61,6 +64,11 @@ def trace(source: ModelSource) -> TracedModel:
         WeightMismatch: the ledger does not balance.
     """
     causal_lm.guard(source)
+    if getattr(source.config, "is_encoder_decoder", False) and source.auto_class != "AutoModelForTextEncoding":
+        raise Unsupported(
+            f"{source.id} ({source.config.model_type}) encodes and decodes; {source.task.name} converts encoders",
+            fix="encoder-decoder models follow; of some, T5's among them, feature-extraction converts the encoder",
+        )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = causal_lm.build(source, mode)
     limits, _ = patches.apply(model)
@@ -170,7 +178,7 @@ def _outputs(program: torch.export.ExportedProgram, names: tuple[str, ...]) -> t
 def with_positions(model: TracedModel) -> Limits:
     """Return the limits that tables of learned positions set: ``max_length`` where one ends, padding where it counts columns."""
     limits = model.limits
-    for node in user_nodes(model.graph.nodes, torch.ops.aten.embedding.default):
+    for node in user_nodes(model.graph.nodes, aten.embedding.default):
         values, told = _evaluate(model, node.args[1])
         if values is None or not _counts_up(values):
             continue
@@ -178,12 +186,22 @@ def with_positions(model: TracedModel) -> Limits:
         limits = replace(limits, max_length=min(length, limits.max_length or length))
         if not told:
             limits = replace(limits, padding="right")
+    if _mixes_columns(model):
+        return replace(limits, padding="none")
     return replace(limits, padding="right") if _reads_first_column(model) else limits
+
+
+def _mixes_columns(model: TracedModel) -> bool:
+    """Return whether something mixes neighbouring columns whatever the mask says: a convolution, a Fourier transform."""
+    convolutions = [node for target in CONVOLUTIONS for node in user_nodes(model.graph.nodes, target)]
+    wide = any(max(node.args[1].meta["val"].shape[2:]) > 1 for node in convolutions)  # type: ignore[union-attr]
+    return wide or any(
+        user_nodes(model.graph.nodes, target) for target in (aten.fft_fft.default, aten.fft_fftn.default, aten._fft_c2c.default)
+    )
 
 
 def _reads_first_column(model: TracedModel) -> bool:
     """Return whether a pooler or head takes the token in the first column for the first of the text."""
-    aten = torch.ops.aten
     selects = [node for node in user_nodes(model.graph.nodes, aten.select.int) if node.args[1:] == (1, 0)]
     slices = [node for node in user_nodes(model.graph.nodes, aten.slice.Tensor) if node.args[1:] == (1, 0, 1)]
     tensors = [node.args[0].meta["val"] for node in (*selects, *slices)]  # type: ignore[union-attr]
@@ -226,7 +244,7 @@ def _evaluate(model: TracedModel, index: Any) -> tuple[Tensor | None, bool]:
 
 def _has_a_say(node: Node, inputs: Container[Node], known: Container[Node]) -> bool:
     """Return whether the known nodes read an input's values, not only its sizes."""
-    return node in inputs and any(user in known and user.target is not torch.ops.aten.sym_size.int for user in node.users)
+    return node in inputs and any(user in known and user.target is not aten.sym_size.int for user in node.users)
 
 
 def _ancestors(node: Any) -> list[Node]:

@@ -13,19 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from calque.artifact import Limits
-from calque.converters import positions
+from calque.converters import own_experts, positions
 
 
 @dataclass(frozen=True)
 class Patch:
     """A replacement for a method of the modules that ``where`` picks, and what it does to the model's limits.
 
-    ``expires``: what upstream would have to do for the patch to go; a test fails once that is so.
+    ``replacement`` None: nothing can be replaced, and the limits say what the model is not right for. ``expires``: what
+    upstream would have to do for the patch to go; a test fails once that is so.
     """
 
     name: str
     where: Callable[[nn.Module], bool]
-    replacement: Callable[..., Any]
+    replacement: Callable[..., Any] | None
     limits: Callable[[nn.Module, Limits], Limits]
     reason: str
     link: str
@@ -112,6 +113,11 @@ def _alibi_limit(module: Any, limits: Limits) -> Limits:
     return replace(limits, max_length=min(longest, limits.max_length or longest))
 
 
+def _slot_limits(module: Any, limits: Limits) -> Limits:
+    rows = int(module.num_embeddings)
+    return replace(limits, padding="none", max_length=min(rows, limits.max_length or rows))
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         name="longrope_per_row",
@@ -192,7 +198,7 @@ PATCHES: tuple[Patch, ...] = (
         where=lambda module: type(module).__name__ == "GPTNeoSelfAttention",
         replacement=positions.local_attention,
         limits=_unlimited,
-        reason="GPT-Neo cuts its mask out of a table by length, which bounds both lengths at export, and measures its window in cache slots",
+        reason="GPT-Neo cuts its mask out of a table by length, which bounds lengths at export, and measures its window in slots",
         link="transformers/models/gpt_neo/modeling_gpt_neo.py, GPTNeoSelfAttention._attn",
         versions="transformers 5.x",
         expires="GPTNeoSelfAttention has no mask buffer",
@@ -209,6 +215,76 @@ PATCHES: tuple[Patch, ...] = (
         expires="the graph of Gemma3nTextMLP has no erfinv",
         method="_gaussian_topk",
     ),
+    Patch(
+        name="aria_batch_kept_whole",
+        where=lambda module: type(module).__name__ == "AriaTextMoELayer",
+        replacement=own_experts.aria_forward,
+        limits=_unlimited,
+        reason="Aria flattens a batch and views the list as a batch again, of which export can no longer tell that it lies in order",
+        link="transformers/models/aria/modeling_aria.py, AriaTextMoELayer.forward",
+        versions="transformers 5.x",
+        expires="AriaTextMoELayer gives its shared experts the batch as it came",
+    ),
+    Patch(
+        name="dbrx_every_expert",
+        where=lambda module: type(module).__name__ == "DbrxExperts",
+        replacement=own_experts.dbrx_forward,
+        limits=_unlimited,
+        reason="DBRX loops over the experts that were hit and offers no other implementation",
+        link="transformers/models/dbrx/modeling_dbrx.py, DbrxExperts.forward",
+        versions="transformers 5.x",
+        expires="DbrxForCausalLM can set its experts implementation",
+    ),
+    Patch(
+        name="jetmoe_routing_unsorted",
+        where=lambda module: type(module).__name__ == "JetMoeTopKGating",
+        replacement=own_experts.jetmoe_router_forward,
+        limits=_unlimited,
+        reason="JetMoE sorts tokens into groups whose sizes it reads back as Python numbers",
+        link="transformers/models/jetmoe/modeling_jetmoe.py, JetMoeTopKGating.forward",
+        versions="transformers 5.x",
+        expires="JetMoeTopKGating reads no sizes with tolist",
+    ),
+    Patch(
+        name="jetmoe_every_expert",
+        where=lambda module: type(module).__name__ == "JetMoeParallelExperts",
+        replacement=own_experts.jetmoe_experts_forward,
+        limits=_unlimited,
+        reason="JetMoE's experts, of attention too, split their input by group sizes; given each row's expert they need none",
+        link="transformers/models/jetmoe/modeling_jetmoe.py, JetMoeParallelExperts.forward",
+        versions="transformers 5.x",
+        expires="JetMoeParallelExperts splits by no sizes",
+    ),
+    Patch(
+        name="longcat_every_expert",
+        where=lambda module: type(module).__name__ == "LongcatFlashExperts",
+        replacement=own_experts.longcat_forward,
+        limits=_unlimited,
+        reason="LongCat-Flash loops over the experts that were hit and offers no other implementation",
+        link="transformers/models/longcat_flash/modeling_longcat_flash.py, LongcatFlashExperts.forward",
+        versions="transformers 5.x",
+        expires="LongcatFlashForCausalLM can set its experts implementation",
+    ),
+    Patch(
+        name="sines_by_slot",
+        where=lambda module: type(module).__name__ == "RoFormerSinusoidalPositionalEmbedding",
+        replacement=None,
+        limits=_slot_limits,
+        reason="RoFormer turns every row of a batch by the same cache slots: the gap that right padding leaves counts as distance",
+        link="transformers/models/roformer/modeling_roformer.py, RoFormerEncoder.forward",
+        versions="transformers 5.x",
+        expires="the forward of RoFormerForCausalLM takes position_ids",
+    ),
+    Patch(
+        name="mask_widened_for_images",
+        where=lambda module: type(module).__name__ == "GitModel",
+        replacement=None,
+        limits=lambda module, limits: replace(limits, padding="none"),
+        reason="GIT takes every cached call to follow an image and puts that image's columns before the mask: padding ends up elsewhere",
+        link="transformers/models/git/modeling_git.py, GitModel.forward",
+        versions="transformers 5.x",
+        expires="a padded row's cached step in GitForCausalLM without an image equals that of the row alone",
+    ),
 )
 
 
@@ -217,7 +293,8 @@ def apply(model: nn.Module) -> tuple[Limits, tuple[str, ...]]:
     limits, used = Limits(), []
     for patch in PATCHES:
         for module in filter(patch.where, model.modules()):
-            setattr(module, patch.method, functools.partial(patch.replacement, module))
+            if patch.replacement is not None:
+                setattr(module, patch.method, functools.partial(patch.replacement, module))
             limits = patch.limits(module, limits)
             used.append(patch.name)
     return limits, tuple(dict.fromkeys(used))

@@ -43,8 +43,9 @@ def known(positions: Tensor, mask: Tensor) -> Iterator[None]:
 def counts_slots(module: nn.Module) -> bool:
     """Return whether the module is a table of positions that is read at ``past_key_values_length`` and on."""
     parameters = inspect.signature(type(module).forward).parameters
-    # With a mask among them (OPT), positions are counted from it.
-    return isinstance(module, nn.Embedding) and "past_key_values_length" in parameters and "attention_mask" not in parameters
+    # With a mask among them (OPT), positions are counted from it. RoFormer's table is not added but turns queries and keys.
+    others = "attention_mask" in parameters or type(module).__name__.startswith("RoFormer")
+    return isinstance(module, nn.Embedding) and "past_key_values_length" in parameters and not others
 
 
 def table_forward(module: Any, *_: Any, **__: Any) -> Tensor:

@@ -59,6 +59,9 @@ def semantic_attention(
     """
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        # A mask that the model made itself, to be added to the scores.
+        position_bias, attention_mask = attention_mask if position_bias is None else attention_mask + position_bias, None
     if position_bias is not None:
         return _biased_attention(query, key, value, attention_mask, scale, position_bias).transpose(1, 2).contiguous(), None
     out = torch.ops.calque.attention(query, key, value, attention_mask, scale, float(softcap or 0.0), s_aux, causal)
@@ -110,11 +113,12 @@ def semantic_mask(
         attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
 
     def by_slot(function: Callable[..., Any]) -> Tensor:
-        full: Tensor = masks.sdpa_mask(
+        mask = masks.sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, function, attention_mask, local_size,
             allow_is_causal_skip=False, allow_is_bidirectional_skip=False, use_vmap=False, device=device,
         )  # fmt: skip
-        return full
+        assert mask is not None  # only its skips give none
+        return mask
 
     if kind == "custom":
         full = by_slot(mask_function)
@@ -151,7 +155,7 @@ def all_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     if module.has_post_expert_norm:
         out = module.post_expert_norm(out)
     mixed: Tensor = (out * routing.transpose(0, 1).unsqueeze(-1)).sum(0)
-    return mixed.to(hidden_states.dtype)
+    return mixed.to(hidden_states.dtype).contiguous()
 
 
 class RecordingCache(DynamicCache):

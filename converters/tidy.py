@@ -153,7 +153,7 @@ def _in_float32(model: TracedModel, node: Node) -> None:
 
     with model.graph.inserting_before(node):
         wide = [cast(value, torch.float32) if isinstance(value, Node) else value for value in node.args]
-        exact = model.graph.call_function(node.target, tuple(wide), node.kwargs)
+        exact = model.graph.call_function(node.target, tuple(wide), node.kwargs)  # type: ignore[arg-type]
         exact.meta = {**node.meta, "val": node.meta["val"].to(torch.float32)}
         rounded = cast(exact, torch.bfloat16)
     node.replace_all_uses_with(rounded)

@@ -53,10 +53,15 @@ def test_the_wheel_holds_every_module_and_data_file_once(built: Path) -> None:
         packed = {name.rpartition("/")[2] for name in names if name.rpartition("/")[0] == place and name.endswith(".py")}
         assert packed == modules(ROOT / folder), package
     assert {name.split("/")[0] for name in names} == {"calque", next(name for name in names if "dist-info" in name).split("/")[0]}
-    for path in [*ROOT.glob("recipes/*.yaml"), *(path for path in ROOT.glob("calque/models/**/*") if path.is_file())]:
+    for path in [
+        *ROOT.glob("recipes/*.yaml"),
+        *ROOT.glob("recipes/*.json"),
+        *ROOT.glob("validation/*.jinja"),
+        *(path for path in ROOT.glob("calque/models/**/*") if path.is_file()),
+    ]:
         place = path.relative_to(ROOT).as_posix()
         assert (place if place.startswith("calque/") else f"calque/{place}") in names
-    assert {"calque/py.typed", "calque/constraints.txt"} < set(names)
+    assert {"calque/py.typed", "calque/constraints.txt", "calque/shrink.yaml"} < set(names)
 
 
 def test_the_source_archive_holds_every_module_once(built: Path) -> None:

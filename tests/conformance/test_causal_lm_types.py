@@ -39,7 +39,8 @@ SLIDING_LAYERS = {
 
 def converted(config: Any, folder: Path) -> Artifact:
     config.save_pretrained(folder / "model")
-    recipe = Recipe(model=str(folder / "model" / "config.json"), target="onnxruntime", random_weights=True)
+    place = str(folder / "model" / "config.json")
+    recipe = Recipe(model=place, task="text-generation-with-past", target="onnxruntime", random_weights=True)
     return convert(recipe, folder / "out")
 
 
@@ -65,7 +66,7 @@ LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_he
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 48}
 REFUSED = {
     "no-keys-and-values": (shrunken("mamba", state_size=8), "mamba"),
-    "not-a-causal-lm": (shrunken("t5", d_model=64, d_ff=96, num_layers=2, num_heads=4), "causal language model"),
+    "not-a-causal-lm": (shrunken("t5", d_model=64, d_ff=96, num_layers=2, num_heads=4), "is no model for text-generation"),
     "hybrid-convolution": (shrunken("lfm2", **ATTENTION, layer_types=["conv", "full_attention"]), "layers of type conv: "),
     "hybrid-recurrent": (
         shrunken("qwen3_next", **ATTENTION, **LINEAR, **EXPERTS, layer_types=["linear_attention", "full_attention"]),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from calque.converters import causal_lm
 from calque.errors import SourceUnreadable, Unsupported
+from calque.shrink import shrunken
+from calque.source import ModelSource
 from tests.tiny_models import TYPES, answers, config_of, prompt, source_of, traced
 
 NAMES = ["llama", "qwen3_moe", "gemma2", "gpt_oss", "gpt2", "bloom"]
@@ -40,6 +43,15 @@ def test_states_know_the_window_of_their_layer(name: str, windows: list[int | No
 @pytest.mark.parametrize(("name", "length"), [("gpt2", 64), ("llama", None), ("bloom", None)])
 def test_length_is_limited_where_a_table_of_learned_positions_ends(name: str, length: int | None) -> None:
     assert traced(name).limits.max_length == length
+
+
+@pytest.mark.parametrize(("name", "length"), [("gptj", 128), ("ctrl", 128), ("opt", 128), ("roberta", 127)])
+def test_length_is_limited_where_any_table_read_by_position_ends(name: str, length: int, tmp_path: Path) -> None:
+    shrunken(name, causal=True).save_pretrained(tmp_path)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    source = ModelSource.resolve(str(tmp_path / "config.json"), task="text-generation-with-past", random_weights=True, scratch=scratch)
+    assert causal_lm.trace(source).limits.max_length == length
 
 
 def test_longrope_limits_where_a_cache_may_be_continued() -> None:

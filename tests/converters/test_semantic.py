@@ -91,6 +91,27 @@ def test_mask_that_a_model_lays_a_function_over_is_custom() -> None:
     assert made(masks.create_causal_mask, or_mask_function=lambda batch, head, query, key: key >= 0) == "custom"
 
 
+def test_window_under_an_overlay_counts_positions_and_the_overlay_is_laid_over_it() -> None:
+    semantic.register()
+    config = config_of(TYPES["mistral"])
+    config._attn_implementation, config.sliding_window = semantic.NAME, 3
+    # Two tokens, a gap of four, three tokens: the last of them sees two before it, across the gap or not.
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0, 1, 1, 1]])
+
+    def full(**overlay: Any) -> Tensor:
+        made: Any = masks.create_sliding_window_causal_mask(
+            config, torch.zeros(1, 9, 64), attention_mask=mask, past_key_values=None, **overlay
+        )
+        return torch.where(mask.bool(), made[0, 0], False)[mask[0].bool()][:, mask[0].bool()]
+
+    alone = torch.ones(5, 5, dtype=torch.bool).tril().triu(-2)
+    groups = torch.tensor([[0, 0, -1, -1, -1, -1, -1, -1, -1]])
+    assert torch.equal(full(), alone)
+    assert torch.equal(full(block_sequence_ids=groups), alone | torch.nn.functional.pad(torch.ones(2, 2), (0, 3, 0, 3)).bool())
+    assert torch.equal(full(or_mask_function=lambda batch, head, query, key: key == 0), alone | (torch.arange(5) == 0))
+    assert torch.equal(full(and_mask_function=lambda batch, head, query, key: key != 0), alone & (torch.arange(5) != 0))
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_all_experts_weighted_equal_the_loop_over_those_that_were_hit(name: str) -> None:
     model: Any = eager_model(TYPES[name])

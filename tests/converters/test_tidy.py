@@ -163,6 +163,20 @@ def test_expand_that_repeats_is_kept() -> None:
     torch.testing.assert_close(run(model, X), X.sum(1, keepdim=True) * X)
 
 
+def test_bfloat16_arithmetic_is_done_in_float32_to_the_same_bits() -> None:
+    def rounded(x: Tensor) -> Tensor:
+        narrow = x.bfloat16()
+        return ((narrow * (x / 3).bfloat16() + narrow) / 7.0).float()
+
+    model = written(rounded)
+    assert tidy(model) > 0
+    for node in model.graph.nodes:
+        if node.target in tidy_file.ARITHMETIC:
+            assert node.meta["val"].dtype == torch.float32
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(run(model, x), rounded(x))
+
+
 @pytest.mark.parametrize("name", ["llama", "bloom", "gpt_oss"])
 def test_tidy_trace_has_nothing_left_to_tidy(name: str) -> None:
     model = traced(name)
