@@ -168,7 +168,7 @@ class Artifact:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             schema = data["schema"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
             raise ArtifactUnreadable(f"{path} cannot be read: {error}", fix="convert the model again") from error
         if schema != SCHEMA:
             raise ArtifactUnreadable(f"{path} has schema {schema}, this Calque reads {SCHEMA}", fix="upgrade calque")

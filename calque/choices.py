@@ -6,8 +6,12 @@ from typing import Literal, get_args
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int8-static", "int4", "fp8"]
 Logits = Literal["all", "last", "dynamic"]
+Layout = Literal["flat", "transformers.js"]
 Requirement = Literal["build", "execution"]
+ReportFormat = Literal["markdown", "html", "junit", "json"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 LOGITS: tuple[Logits, ...] = get_args(Logits)
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 REQUIREMENTS: tuple[Requirement, ...] = get_args(Requirement)
+REPORT_FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)

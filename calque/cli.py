@@ -19,7 +19,7 @@ try:
     from calque.console import print_json
     from calque.errors import INTERRUPTED, CalqueError
     from calque.failures import explained
-    from calque.staging import terminations_as_interrupts
+    from calque.interrupts import interrupted, terminations_as_interrupts
 except KeyboardInterrupt:  # before there is a `main` to catch it
     print("interrupted", file=sys.stderr)
     sys.exit(130)
@@ -34,18 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = _run(arguments)
             sys.stdout.flush()
             return code
-    except CalqueError as error:
-        return _report(error, as_json, verbose)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        if as_json:
-            _print_error(_error_object("Interrupted", INTERRUPTED, "interrupted", (), "run it again"))
-        return INTERRUPTED
+        return _report_interrupt(as_json)
     except BrokenPipeError:
         # The reader left, as `| head` does. Python would complain once more while it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CalqueError.exit_code
     except Exception as error:
+        if interrupted():  # a library caught the interrupt, and went on with what it had left half done
+            return _report_interrupt(as_json)
+        if isinstance(error, CalqueError):
+            return _report(error, as_json, verbose)
         return _report_unexpected(error, as_json, verbose)
     finally:
         # Last to be registered, first to run: what other libraries do at exit may then be interrupted without a traceback.
@@ -83,6 +82,13 @@ def _report(error: CalqueError, as_json: bool, verbose: bool) -> int:
     if as_json:
         _print_error(_error_object(type(error).__name__, error.exit_code, error.what, error.where, error.fix))
     return error.exit_code
+
+
+def _report_interrupt(as_json: bool) -> int:
+    print("interrupted", file=sys.stderr)
+    if as_json:
+        _print_error(_error_object("Interrupted", INTERRUPTED, "interrupted", (), "run it again"))
+    return INTERRUPTED
 
 
 def _report_unexpected(error: Exception, as_json: bool, verbose: bool) -> int:

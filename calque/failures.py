@@ -25,7 +25,7 @@ CONVERT_MODULES = frozenset(
 
 def explained(error: Exception, command: str) -> CalqueError | None:
     """Return what a library's error means for ``calque {command}``; None where nobody expected it."""
-    if isinstance(error, CalqueError):
+    if isinstance(error, CalqueError) and not ran_out(error):  # a source that cannot be read for want of memory is not broken
         return error
     if isinstance(error, ModuleNotFoundError):
         name = (error.name or "").split(".")[0]

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from calque.interrupts import raise_if_interrupted
+
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
 
@@ -32,6 +34,7 @@ class Stages:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Measure the block as the stage ``name``."""
+        raise_if_interrupted()
         self.announce(name)
         _reset_peak()
         start = time.perf_counter()

@@ -15,22 +15,22 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 from calque.artifact import MANIFEST, REPORT, unlisted_files
 from calque.errors import CalqueError, ParityFailed, UsageError, WontFit
+from calque.interrupts import raise_if_interrupted, terminations_as_interrupts
 
 # Linux, <linux/fs.h> and <fcntl.h>.
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_TOO_LARGE = {errno.EFBIG}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _IN_THE_WAY = {errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY, errno.ENAMETOOLONG, errno.ENOLCK}
 _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
@@ -48,24 +48,31 @@ def staging(out: Path, force: bool = False) -> Iterator[Path]:
     """
     out = Path(os.path.realpath(out))
     check_output(out, force)
-    with _explained(out), terminations_as_interrupts():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
-            _clear_leftovers(out)
-            check_output(out, force)
-            folder = _sibling(out, "staging")
-            folder.mkdir()
-            try:
-                yield folder
-            except ParityFailed:
-                # An older rejected folder is worth nothing: named like a leftover, it is removed as one.
-                _publish(folder, rejected_folder(out), aside=_sibling(out, "staging"))
-                raise
-            else:
-                _publish(folder, out, aside=_sibling(out, "previous"))
-            finally:
-                # Published: the path is free, or holds what was exchanged for the new folder.
-                shutil.rmtree(folder, ignore_errors=True)
+    with _explained(out), terminations_as_interrupts(), _parents_of(out), _locked(out):
+        _clear_leftovers(out)
+        check_output(out, force)
+        folder = _sibling(out, "staging")
+        folder.mkdir()
+        made = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # held open, so that nothing else is given its inode
+        try:
+            yield folder
+            raise_if_interrupted()
+            check_output(out, force)  # what came there meanwhile is someone else's
+        except ParityFailed:
+            _check_rejected(rejected_folder(out))
+            # An older rejected folder is worth nothing: named like a leftover, it is removed as one.
+            _publish(folder, made, rejected_folder(out), aside=_sibling(out, "staging"))
+            raise
+        except Exception:
+            _require_own(folder, made)
+            raise
+        else:
+            _publish(folder, made, out, aside=_sibling(out, "previous"))
+            _drop_rejected(rejected_folder(out))
+        finally:
+            # Published: the path is free, or holds what was exchanged for the new folder.
+            _remove(folder)
+            os.close(made)
 
 
 def check_output(out: Path, force: bool = False) -> None:
@@ -85,11 +92,14 @@ def check_output(out: Path, force: bool = False) -> None:
                 f"{out} is not an artifact, and --force replaces artifacts only",
                 fix="name another folder with -o, or remove this one yourself",
             )
-        if added := unlisted_files(out, json.loads((out / MANIFEST).read_text(encoding="utf-8"))["files"]):
+        if added := _added_files(out):
             raise UsageError(
                 f"{out} holds files that are not the artifact's, and replacing it would delete them", added, "move them away first"
             )
-    rejected = rejected_folder(out)
+    _check_rejected(rejected_folder(out))
+
+
+def _check_rejected(rejected: Path) -> None:
     if os.path.lexists(rejected) and not (is_artifact(rejected) or _is_leftover(rejected)):
         raise UsageError(
             f"{rejected} is in the way and was not written by Calque: a rejected artifact would go there",
@@ -106,27 +116,14 @@ def is_artifact(folder: Path) -> bool:
     """Return whether the folder holds a manifest of Calque's, of any schema; other tools write a manifest.json too."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(manifest, dict) and {"schema", "target", "recipe", "files"} <= manifest.keys()
+    return isinstance(manifest, dict) and {"schema", "target", "recipe"} <= manifest.keys() and isinstance(manifest.get("files"), dict)
 
 
-@contextlib.contextmanager
-def terminations_as_interrupts() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt while the block runs, unless the program has a handler of its own."""
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _added_files(folder: Path) -> list[str]:
+    """Return the files in an artifact's folder that its manifest does not list."""
+    return unlisted_files(folder, json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
 
 
 def _sibling(out: Path, role: str) -> Path:
@@ -138,6 +135,52 @@ def _is_leftover(rejected: Path) -> bool:
     return rejected.is_dir() and ((rejected / REPORT).is_file() or not any(rejected.iterdir()))
 
 
+def _require_own(folder: Path, made: int) -> None:
+    """Leave quietly if the folder is the one that was made; ``made`` is its descriptor.
+
+    Raises:
+        CalqueError: another program removed it, or put something else there.
+    """
+    try:
+        if os.path.samestat(os.fstat(made), folder.lstat()):
+            return
+    except OSError as error:
+        lost = f"{folder} was removed while it was written: {error.strerror}"
+    else:
+        lost = f"{folder} was replaced while it was written"
+    raise CalqueError(lost, fix="run it again, and let nothing else change the folder that the output goes to")
+
+
+def _remove(path: Path) -> None:
+    """Leave nothing at the path, as far as the system allows; what remains is a leftover for the next conversion."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _drop_rejected(rejected: Path) -> None:
+    """Leave no rejected folder beside the artifact that took its place, unless it holds files that are not its own."""
+    if is_artifact(rejected) and not _added_files(rejected):
+        shutil.rmtree(rejected, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _parents_of(out: Path) -> Iterator[None]:
+    """Have the folders above ``out``; those that were made for it go again unless something came to lie in them."""
+    missing = [folder for folder in out.parents if not os.path.lexists(folder)]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for folder in missing:
+            try:
+                folder.rmdir()
+            except OSError:
+                break  # it holds what was written, or was never made
+
+
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Hold the only lock on ``out``; the kernel lets go of it when the process dies, however it dies."""
@@ -145,7 +188,11 @@ def _locked(out: Path) -> Iterator[None]:
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError as error:  # the folder is there: it is one that nothing can be made in, as /proc
+        except FileNotFoundError as error:
+            if not out.parent.is_dir():  # another conversion that made the folder has just taken it away
+                out.parent.mkdir(parents=True, exist_ok=True)
+                continue
+            # The folder is there: it is one that nothing can be made in, as /proc.
             raise UsageError(f"{out.parent} cannot be written", fix="name another folder with -o") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -181,14 +228,15 @@ def _clear_leftovers(out: Path) -> None:
         if not os.path.lexists(out):
             previous.rename(out)  # killed between the two renames: the older artifact comes back
         else:
-            shutil.rmtree(previous, ignore_errors=True)
+            _remove(previous)
     for path in siblings:
         if path.name.startswith(f"{prefix}staging-"):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
 
-def _publish(folder: Path, destination: Path, aside: Path) -> None:
+def _publish(folder: Path, made: int, destination: Path, aside: Path) -> None:
     """Give ``folder`` the name ``destination``, all at once and on disk; what was there is then at ``folder``, or gone."""
+    _require_own(folder, made)
     _sync(folder)
     if not destination.is_dir():
         folder.rename(destination)
@@ -251,7 +299,10 @@ def _explained(out: Path) -> Iterator[None]:
         if refusal is None:
             raise
         where = Path(os.fsdecode(refusal.filename)).absolute() if refusal.filename else out
-        if refusal.errno in _NO_SPACE:
+        if refusal.errno in _TOO_LARGE:
+            fix = "raise the limit (`ulimit -f`), or name a folder on a filesystem that takes larger files"
+            raise WontFit(f"a file in {where.parent if refusal.filename else out.parent} may not grow any further", fix=fix) from error
+        if refusal.errno in _NO_SPACE or _is_short_write(refusal):
             fix = "free some space, or name a folder on another disk"
             raise WontFit(f"the disk that holds {where} is full", [_space(out.parent)], fix) from error
         # Ours are what lies beside the output, and the folders above it that had to be made.
@@ -264,11 +315,16 @@ def _explained(out: Path) -> Iterator[None]:
 def _refusal(error: BaseException | None) -> OSError | None:
     """Return the operating system's refusal that the error is, or that a library wrapped."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _NO_SPACE | _NOT_ALLOWED | _IN_THE_WAY:
+        if isinstance(error, OSError) and (error.errno in _NO_SPACE | _TOO_LARGE | _NOT_ALLOWED | _IN_THE_WAY or _is_short_write(error)):
             return error
-        full = isinstance(error.__context__, OSError) and error.__context__.errno in _NO_SPACE
+        full = isinstance(error.__context__, OSError) and error.__context__.errno in _NO_SPACE | _TOO_LARGE
         error = error.__context__ if full else error.__cause__
     return None
+
+
+def _is_short_write(error: OSError) -> bool:
+    """Return whether numpy says that not all bytes of an array reached the file: it drops the system's reason, a full disk or a limit."""
+    return error.errno is None and bool(re.fullmatch(r"\d+ requested and \d+ written", str(error)))
 
 
 def _is_staged(path: Path) -> bool:

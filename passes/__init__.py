@@ -97,7 +97,7 @@ def _faults(found: Any, name: str) -> Iterator[str]:
     if not isinstance(found, type) or not is_dataclass(found):
         yield f"it is no dataclass but {found!r}"
         return
-    if found.__name__ != class_name(name) or not re.fullmatch(r"[a-z]+(_[a-z][a-z0-9]*)*", name):
+    if found.__name__ != class_name(name) or not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z][a-z0-9]*)*", name):
         yield f"pass {name!r} and class {found.__name__} do not fit: fuse_rms_norm is the class FuseRmsNorm"
     if not isinstance(getattr(found, "after", None), frozenset):
         yield "it has no `after`, a frozenset of the passes that it needs before it"

@@ -34,6 +34,7 @@ class TransposeLinear:
 
     def apply(self, model: TracedModel) -> Rewrites:
         """Return one rewrite per weight."""
+        model.drop_unused_parameters()  # a second name that nothing reads does not make a weight tied
         count, skipped = 0, []
         for name, weight in model.parameters().items():
             users = [user for user in weight.users if user.target is aten.linear.default and user.args[1] is weight]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from calque import plugins
 from calque.artifact import Artifact
 from calque.errors import TargetUnavailable
 from calque.runtime.onnxruntime_session import OnnxRuntimeSession
@@ -26,12 +29,24 @@ def open_session(folder: Path | str, threads: int = 0) -> Session:
 
     Raises:
         ArtifactUnreadable: not an artifact, or one of a newer schema.
-        TargetUnavailable: no runtime for its target is built in.
+        TargetUnavailable: no runtime for its target is built in, or plugged in.
     """
     artifact = load(folder)
     if artifact.target not in ONNX_TARGETS:
+        if entry := plugins.claimed(plugins.TARGETS, artifact.target, built_in=False):
+            return _opened(plugins.load(entry, _faults), artifact, threads)
         raise TargetUnavailable(
             f"an artifact for {artifact.target} cannot be run by Calque's own runtime",
             fix=f"load it with the SDK of {artifact.target}; built in: {', '.join(ONNX_TARGETS)}",
         )
     return OnnxRuntimeSession(artifact, threads)
+
+
+def _opened(target: Any, artifact: Artifact, threads: int) -> Session:
+    session: Session = target(**artifact.recipe.get("options", {})).open(artifact, threads)
+    return session
+
+
+def _faults(found: Any, name: str) -> Iterator[str]:
+    if not isinstance(found, type) or not callable(getattr(found, "open", None)):
+        yield f"it is no target with a method open(artifact, threads) but {found!r}"

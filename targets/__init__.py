@@ -1,22 +1,27 @@
 """Targets: a traced model in, files that one runtime loads out. One file each, named as users type it.
 
-Names use hyphens, their files underscores; files that begin with an underscore are shared by several targets.
+Names use hyphens, their files underscores; files that begin with an underscore are shared by several targets. Other
+distributions add targets by entry points of the group ``calque.targets``: see docs/adding.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
+from calque import plugins
 from calque.errors import UsageError
 from calque.options import construct
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from calque.artifact import Artifact, GraphSpec, Limits
     from calque.passes import Pass
     from calque.session import Session
@@ -82,6 +87,30 @@ class Target(Protocol):
         ...
 
 
+@runtime_checkable
+class Finishes(Protocol):
+    """A target that adds to its folder, or arranges it, once model and companions are there and before anything is proved.
+
+    ``layouts``: the values of the recipe's ``layout`` that it follows.
+    """
+
+    layouts: ClassVar[tuple[str, ...]]
+
+    def finish(self, artifact: Artifact, config: PreTrainedConfig) -> tuple[Artifact, list[str]]:
+        """Return the artifact as its folder is now, and sentences that the user should know."""
+        ...
+
+
+def layouts(target: Target) -> tuple[str, ...]:
+    """Return the layouts that the target can give its folder."""
+    return target.layouts if isinstance(target, Finishes) else ("flat",)
+
+
+def finish(target: Target, artifact: Artifact, config: PreTrainedConfig) -> tuple[Artifact, list[str]]:
+    """Return what the target makes of a folder that holds the model and its companions, and sentences about it."""
+    return target.finish(artifact, config) if isinstance(target, Finishes) else (artifact, [])
+
+
 def package_rows(needs: dict[str, str]) -> list[tuple[str, str, str]]:
     """Return a doctor's row for each package: its version, or that it is missing and what it is needed for."""
     rows = []
@@ -94,7 +123,12 @@ def package_rows(needs: dict[str, str]) -> list[tuple[str, str, str]]:
 
 
 def names() -> list[str]:
-    """Return the name of every target, as users type it."""
+    """Return the name of every target, as users type it, plug-ins' too."""
+    return sorted({*built_in(), *plugins.names(plugins.TARGETS)})
+
+
+def built_in() -> list[str]:
+    """Return the name of every target of Calque's own."""
     return sorted(module.name.replace("_", "-") for module in iter_modules(__path__) if not module.name.startswith("_"))
 
 
@@ -102,13 +136,37 @@ def load(name: str) -> type[Target]:
     """Return the target class called ``name``.
 
     Raises:
-        UsageError: no such target, with those there are.
+        UsageError: no such target, with those there are; or several of that name.
+        TargetUnavailable: it comes from a plug-in that is broken.
     """
     if name not in names():
         raise UsageError(f"there is no target {name!r}", fix=f"targets: {', '.join(names())}")
-    module = import_module(f"calque.targets.{name.replace('-', '_')}")
-    target: type[Target] = module.TARGET
+    entry = plugins.claimed(plugins.TARGETS, name, name in built_in())
+    target: type[Target]
+    if entry:
+        target = plugins.load(entry, _faults)
+    else:
+        target = import_module(f"calque.targets.{name.replace('-', '_')}").TARGET
     return target
+
+
+METHODS = ("problems", "passes", "lower", "emit", "open", "doctor")
+
+
+def _faults(found: Any, name: str) -> Iterator[str]:
+    """Yield what keeps the object of an entry point from being the target called ``name``."""
+    if not isinstance(found, type) or not is_dataclass(found):
+        yield f"it is no dataclass but {found!r}"
+        return
+    if getattr(found, "name", None) != name or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        yield f"its `name` must be that of its entry point, {name!r}, lower case words joined by hyphens"
+    if not isinstance(getattr(found, "precisions", None), tuple):
+        yield "it has no `precisions`, a tuple of names"
+    if missing := [method for method in METHODS if not callable(getattr(found, method, None))]:
+        yield f"it lacks {', '.join(missing)}"
+    needed = [field.name for field in fields(found) if field.init and field.default is MISSING and field.default_factory is MISSING]
+    if needed:
+        yield f"its options need defaults: {', '.join(needed)}"
 
 
 def make(name: str, options: Mapping[str, Any]) -> Target:

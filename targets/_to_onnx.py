@@ -44,6 +44,8 @@ def ints(*values: int) -> Any:
 
 def attention(q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float, sinks: Any, causal: bool) -> Any:
     """Return standard ``Attention``, which repeats keys and values itself; sinks, which it lacks, are written out."""
+    if mask is None and causal:
+        mask = lower_right(q, k)
     if sinks is None:
         return op.Attention(q, k, v, mask, scale=scale, softcap=softcap)[0]
     heads, groups, size, value_size = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
@@ -62,6 +64,14 @@ def attention(q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float, s
     weights = op.Slice(weights, ints(0), ints(-1), ints(-1))
     out = op.MatMul(weights, op.Unsqueeze(v, ints(2)))
     return op.Reshape(out, ints(0, heads, -1, value_size))
+
+
+def lower_right(q: Any, k: Any) -> Any:
+    """Return the causal mask of queries that are the last of the keys, bool [1, 1, Q, K]; ``is_causal`` would mean the first."""
+    queries, keys = op.Squeeze(op.Shape(q, start=2, end=3)), op.Squeeze(op.Shape(k, start=2, end=3))
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    last_seen = op.Add(op.Range(zero, queries, one), op.Sub(keys, queries))
+    return op.LessOrEqual(op.Unsqueeze(op.Range(zero, keys, one), ints(0, 1, 2)), op.Unsqueeze(last_seen, ints(0, 1, 3)))
 
 
 def keep_last(hidden: Any, count: Any) -> Any:

@@ -2,8 +2,11 @@
 
 ::
 
-    model.onnx        the graph, opset 23
-    model.onnx.data   the weights, tied ones once, written one tensor at a time
+    model.onnx          the graph, opset 23
+    model.onnx.data     the weights, tied ones once, written one tensor at a time
+    genai_config.json   of a causal language model that onnxruntime-genai knows
+
+With ``layout: transformers.js`` the first two are ``onnx/model.onnx`` and ``onnx/model.onnx_data``.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from calque.targets import Emitted, Problem, package_rows
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from transformers import PreTrainedConfig
 
     from calque.session import Session
     from calque.traced import TracedModel
@@ -34,6 +39,7 @@ class OnnxRuntime:
 
     name: ClassVar[str] = "onnxruntime"
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    layouts: ClassVar[tuple[str, ...]] = ("flat", "transformers.js")
 
     def passes(self, precision: str) -> tuple[Pass, ...]:
         """Return the passes of this target, in order."""
@@ -65,6 +71,14 @@ class OnnxRuntime:
         graph = GraphSpec(FILE, model.inputs, model.outputs)
         # Standard operators take the mask and positions of the trace: what the trace is exact for, the artifact is.
         return Emitted({"model": graph}, model.limits)
+
+    def finish(self, artifact: Artifact, config: PreTrainedConfig) -> tuple[Artifact, list[str]]:
+        """Return the artifact in the layout its recipe asks for, with genai_config.json where onnxruntime-genai can run it."""
+        from calque.targets import _genai, _transformers_js
+
+        if artifact.recipe.get("layout") == "transformers.js":
+            artifact = _transformers_js.arrange(artifact, DATA)
+        return artifact, _genai.write(artifact, config)
 
     def open(self, artifact: Artifact, threads: int = 0) -> Session:
         """Return a session of ONNX Runtime on this machine's CPU."""

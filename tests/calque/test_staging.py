@@ -202,10 +202,82 @@ def test_two_conversions_cannot_write_the_same_folder(tmp_path: Path) -> None:
 
 def test_someone_elses_folder_that_appears_meanwhile_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(UsageError, match="cannot be written"), staging(out):
+    with pytest.raises(UsageError, match="exists already"), staging(out):
         out.write_text("precious")
     assert out.read_text() == "precious"
     assert names(tmp_path) == ["out"]
+
+
+def someone_puts_files_in(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "precious").write_text("x")
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_someone_elses_files_that_appear_meanwhile_are_never_deleted(tmp_path: Path, force: bool) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError), staging(out, force):
+        someone_puts_files_in(out)
+    assert names(out) == ["precious"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_foreign_rejected_folder_that_appears_meanwhile_is_never_deleted(tmp_path: Path) -> None:
+    def fail() -> None:
+        someone_puts_files_in(tmp_path / "out.rejected")
+        raise ParityFailed("wrong numbers")
+
+    with pytest.raises(UsageError, match="is in the way"), staging(tmp_path / "out"):
+        fail()
+    assert names(tmp_path / "out.rejected") == ["precious"]
+    assert names(tmp_path) == ["out.rejected"]
+
+
+def replace_by(folder: Path, replacement: str) -> None:
+    moved = folder.with_name("moved")
+    folder.rename(moved)  # kept until the other exists, so that the other is not given its inode
+    if replacement == "a folder":
+        folder.mkdir()
+    if replacement == "a file":
+        folder.touch()
+    moved.rmdir()
+
+
+@pytest.mark.parametrize(("replacement", "lost"), [("nothing", "removed"), ("a file", "replaced"), ("a folder", "replaced")])
+def test_staging_folder_that_others_took_away_is_said_so(tmp_path: Path, replacement: str, lost: str) -> None:
+    with pytest.raises(CalqueError, match=f"was {lost} while"), staging(tmp_path / "out") as folder:
+        replace_by(folder, replacement)
+    assert names(tmp_path) == []
+
+
+def test_success_removes_the_rejected_folder_of_an_earlier_attempt(tmp_path: Path) -> None:
+    with pytest.raises(ParityFailed):
+        convert(tmp_path / "out", "first", ParityFailed("wrong numbers"))
+    convert(tmp_path / "out", "second")
+    assert names(tmp_path) == ["out"]
+
+
+def test_success_keeps_a_rejected_folder_that_holds_files_of_someone(tmp_path: Path) -> None:
+    with pytest.raises(ParityFailed):
+        convert(tmp_path / "out", "first", ParityFailed("wrong numbers"))
+    (tmp_path / "out.rejected" / "notes.txt").write_text("x")
+    convert(tmp_path / "out", "second")
+    assert names(tmp_path) == ["out", "out.rejected"]
+
+
+def test_folders_made_for_the_output_go_when_nothing_was_written(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="bug"):
+        convert(tmp_path / "deep" / "er" / "out", "half", RuntimeError("bug"))
+    assert names(tmp_path) == []
+    with pytest.raises(ParityFailed):
+        convert(tmp_path / "deep" / "er" / "out", "wrong", ParityFailed("wrong numbers"))
+    assert names(tmp_path / "deep" / "er") == ["out.rejected"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EFBIG, "File too large"), OSError("27008 requested and 992 written")])
+def test_file_that_may_not_grow_is_wont_fit(tmp_path: Path, error: OSError) -> None:
+    with pytest.raises(WontFit), staging(tmp_path / "out"):
+        raise error
 
 
 # Refusals of the operating system.
