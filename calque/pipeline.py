@@ -158,8 +158,8 @@ def open_target(recipe: Recipe) -> Target:
     refused = unbuilt_settings(recipe)
     if recipe.precision not in target.precisions:
         refused.append(f"precision: {recipe.precision}  {recipe.target} has {', '.join(target.precisions)}")
-    if recipe.layout not in (layouts := targets.layouts(target)):
-        refused.append(f"layout: {recipe.layout}  {recipe.target} has {', '.join(layouts)}")
+    if recipe.layout not in (layouts := targets.layouts(target, recipe.precision)):
+        refused.append(f"layout: {recipe.layout}  {recipe.target} in {recipe.precision} has {', '.join(layouts)}")
     if refused:
         raise Unsupported("the recipe asks for what this version cannot do", list(dict.fromkeys(refused)), "change these settings")
     passes.check_order(plan_of(recipe, target))

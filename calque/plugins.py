@@ -29,9 +29,8 @@ def claimed(group: str, name: str, built_in: bool) -> EntryPoint | None:
     found = sorted(entry_points(group=group, name=name), key=described)
     if len(found) + built_in > 1:
         lines = [*(["Calque itself"] if built_in else []), *map(described, found)]
-        raise UsageError(
-            f"several of {group} are called {name!r}, so which is meant is unknown", lines, "uninstall the distributions that you do not need"
-        )  # fmt: skip
+        fix = "uninstall the distributions that you do not need"
+        raise UsageError(f"several of {group} are called {name!r}, so which is meant is unknown", lines, fix)
     return found[0] if found else None
 
 

@@ -57,5 +57,6 @@ def _mode(path: Path) -> str:
     if len(modes) != 1 or modes[0] not in MODES.values():
         raise Unsupported(f"{path}: one pooling mode of {', '.join(MODES.values())} can be followed; found {modes}", fix=LIST_IT)
     if config.get("include_prompt") is False:
-        raise Unsupported(f"{path} leaves the prompt out of the pooling, which no graph can know", fix="convert with task: feature-extraction")
+        fix = "convert with task: feature-extraction"
+        raise Unsupported(f"{path} leaves the prompt out of the pooling, which no graph can know", fix=fix)
     return modes[0]

@@ -84,11 +84,7 @@ def find(name: str) -> type[Pass]:
     if name not in names():
         raise RecipeError(f"there is no pass {name!r}{nearest(name, names())}", fix=f"passes: {', '.join(names())}")
     entry = plugins.claimed(plugins.PASSES, name, name in built_in())
-    found: type[Pass]
-    if entry:
-        found = plugins.load(entry, _faults)
-    else:
-        found = getattr(import_module(f"calque.passes.{name}"), class_name(name))
+    found: type[Pass] = plugins.load(entry, _faults) if entry else getattr(import_module(f"calque.passes.{name}"), class_name(name))
     return found
 
 

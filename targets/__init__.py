@@ -89,21 +89,20 @@ class Target(Protocol):
 
 @runtime_checkable
 class Finishes(Protocol):
-    """A target that adds to its folder, or arranges it, once model and companions are there and before anything is proved.
+    """A target that adds to its folder, or arranges it, once model and companions are there and before anything is proved."""
 
-    ``layouts``: the values of the recipe's ``layout`` that it follows.
-    """
-
-    layouts: ClassVar[tuple[str, ...]]
+    def layouts(self, precision: str) -> tuple[str, ...]:
+        """Return the values of the recipe's ``layout`` that the target follows."""
+        ...
 
     def finish(self, artifact: Artifact, config: PreTrainedConfig) -> tuple[Artifact, list[str]]:
         """Return the artifact as its folder is now, and sentences that the user should know."""
         ...
 
 
-def layouts(target: Target) -> tuple[str, ...]:
+def layouts(target: Target, precision: str) -> tuple[str, ...]:
     """Return the layouts that the target can give its folder."""
-    return target.layouts if isinstance(target, Finishes) else ("flat",)
+    return target.layouts(precision) if isinstance(target, Finishes) else ("flat",)
 
 
 def finish(target: Target, artifact: Artifact, config: PreTrainedConfig) -> tuple[Artifact, list[str]]:
@@ -142,11 +141,8 @@ def load(name: str) -> type[Target]:
     if name not in names():
         raise UsageError(f"there is no target {name!r}", fix=f"targets: {', '.join(names())}")
     entry = plugins.claimed(plugins.TARGETS, name, name in built_in())
-    target: type[Target]
-    if entry:
-        target = plugins.load(entry, _faults)
-    else:
-        target = import_module(f"calque.targets.{name.replace('-', '_')}").TARGET
+    module = f"calque.targets.{name.replace('-', '_')}"
+    target: type[Target] = plugins.load(entry, _faults) if entry else import_module(module).TARGET
     return target
 
 

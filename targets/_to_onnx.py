@@ -68,10 +68,13 @@ def attention(q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float, s
 
 def lower_right(q: Any, k: Any) -> Any:
     """Return the causal mask of queries that are the last of the keys, bool [1, 1, Q, K]; ``is_causal`` would mean the first."""
-    queries, keys = op.Squeeze(op.Shape(q, start=2, end=3)), op.Squeeze(op.Shape(k, start=2, end=3))
-    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
-    last_seen = op.Add(op.Range(zero, queries, one), op.Sub(keys, queries))
-    return op.LessOrEqual(op.Unsqueeze(op.Range(zero, keys, one), ints(0, 1, 2)), op.Unsqueeze(last_seen, ints(0, 1, 3)))
+    queries: Any = op.Squeeze(op.Shape(q, start=2, end=3))
+    keys: Any = op.Squeeze(op.Shape(k, start=2, end=3))
+    zero: Any = op.Constant(value_int=0)
+    one: Any = op.Constant(value_int=1)
+    key: Any = op.Range(zero, keys, one)
+    last_seen: Any = op.Add(op.Range(zero, queries, one), op.Sub(keys, queries))
+    return op.LessOrEqual(op.Unsqueeze(key, ints(0, 1, 2)), op.Unsqueeze(last_seen, ints(0, 1, 3)))
 
 
 def keep_last(hidden: Any, count: Any) -> Any:

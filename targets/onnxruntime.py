@@ -21,7 +21,6 @@ from calque.targets import Emitted, Problem, package_rows
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
     from transformers import PreTrainedConfig
 
     from calque.session import Session
@@ -39,7 +38,6 @@ class OnnxRuntime:
 
     name: ClassVar[str] = "onnxruntime"
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
-    layouts: ClassVar[tuple[str, ...]] = ("flat", "transformers.js")
 
     def passes(self, precision: str) -> tuple[Pass, ...]:
         """Return the passes of this target, in order."""
@@ -71,6 +69,12 @@ class OnnxRuntime:
         graph = GraphSpec(FILE, model.inputs, model.outputs)
         # Standard operators take the mask and positions of the trace: what the trace is exact for, the artifact is.
         return Emitted({"model": graph}, model.limits)
+
+    def layouts(self, precision: str) -> tuple[str, ...]:
+        """Return flat, and transformers.js where that has a name for the precision."""
+        from calque.targets._transformers_js import DTYPES
+
+        return ("flat", "transformers.js") if precision in DTYPES else ("flat",)
 
     def finish(self, artifact: Artifact, config: PreTrainedConfig) -> tuple[Artifact, list[str]]:
         """Return the artifact in the layout its recipe asks for, with genai_config.json where onnxruntime-genai can run it."""

@@ -17,7 +17,7 @@ PADDING = 0
 # Rows of different lengths; the longest passes the windows of 8 that the models have.
 PROMPTS = [[5, 90, 17, 44, 100, 77, 30, 61, 12, 110, 7], [8, 3, 90], [150, 9, 33, 71, 18, 64]]
 NEW = 12
-ENDLESS = 209  # an end token that greedy decoding does not meet in these models: every row gets all its tokens
+END = 209
 
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 PLAIN = replace(TYPES["llama"], head_dim=16)
@@ -33,7 +33,7 @@ DECODERS = {
 def save_decoder(name: str, folder: Path, **shape: int) -> Path:
     """The folder holds a checkpoint with random weights whose ends and padding genai and optimum find in its config."""
     tiny = replace(DECODERS[name], **shape)  # type: ignore[arg-type]  # its numbers, by name
-    config = config_of(replace(tiny, extra={**tiny.extra, "eos_token_id": ENDLESS, "pad_token_id": PADDING}))
+    config = config_of(replace(tiny, extra={**tiny.extra, "eos_token_id": END, "pad_token_id": PADDING}))
     config.save_pretrained(folder)
     write_random_weights(config, folder)
     return folder
@@ -47,3 +47,8 @@ def own_tokens(folder: Path, prompts: list[list[int]], new: int = NEW) -> list[l
     """What Calque's runtime continues each prompt with, each row alone."""
     artifact, session = load(folder), open_session(folder)
     return [[*GreedySequence(artifact, session, [*prompt]).tokens(new)] for prompt in prompts]
+
+
+def until_end(rows: list[list[int]]) -> list[list[int]]:
+    """The rows before their end token: some tools give it back, some do not, and fill what follows in a batch."""
+    return [row[: row.index(END)] if END in row else row for row in rows]

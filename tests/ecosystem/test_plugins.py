@@ -39,7 +39,12 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_page_holds_every_file_of_the_example(example: Path) -> None:
     found = {path.relative_to(example).as_posix() for path in example.rglob("*.*") if "__pycache__" not in path.parts}
-    assert {"recipe.yaml", "calque_example/silu.py", "calque_example/ort_format.py", "calque_example-1.0.dist-info/entry_points.txt"} <= found
+    assert {
+        "recipe.yaml",
+        "calque_example/silu.py",
+        "calque_example/ort_format.py",
+        "calque_example-1.0.dist-info/entry_points.txt",
+    } <= found
 
 
 def test_targets_of_a_plugin_are_listed_with_the_built_in_ones(example: Path) -> None:
@@ -80,7 +85,7 @@ def test_layout_that_a_plugins_target_lacks_is_refused(example: Path, tmp_path: 
     convert = ("convert", "builtin:quill", "--target", "ort-format", "-o", tmp_path / "out", "--layout", "transformers.js")
     refused = calque(*convert, site=example)
     assert refused.returncode == 4
-    assert "layout: transformers.js  ort-format has flat" in refused.stderr
+    assert "layout: transformers.js  ort-format in fp32 has flat" in refused.stderr
 
 
 def test_artifact_of_a_target_that_is_not_installed_is_refused(example: Path, tmp_path: Path) -> None:
