@@ -135,7 +135,7 @@ def test_ledger_that_does_not_balance_leaves_nothing(tmp_path: Path, monkeypatch
         ({"passes": [{"cache_dynamic": {"x": 1}}]}, RecipeError, "pass cache_dynamic has no option x"),
         ({"precision": "int4"}, Unsupported, "precision: int4"),
         ({"task": "image-classification"}, Unsupported, "no converter for the task 'image-classification'"),
-        ({"parity": {"scenarios": ["single-promt"]}}, UsageError, "no scenario is called single-promt"),
+        ({"parity": {"scenarios": ["single-promt"]}}, UsageError, "no model has these scenarios"),
     ],
     ids=["target", "option", "pass", "pass-option", "precision", "task", "scenario"],
 )

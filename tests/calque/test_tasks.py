@@ -36,7 +36,10 @@ def test_task_is_inferred_from_architectures_or_type(config: Any, pooled: bool, 
     assert tasks.infer(config, pooled).name == expected
 
 
-@pytest.mark.parametrize("config", [T5Config(architectures=["T5ForConditionalGeneration"]), ViTConfig(architectures=["ViTForImageClassification"])])
+OTHER_HEADS = [T5Config(architectures=["T5ForConditionalGeneration"]), ViTConfig(architectures=["ViTForImageClassification"])]
+
+
+@pytest.mark.parametrize("config", OTHER_HEADS)
 def test_architecture_of_no_converter_is_unsupported_by_name(config: Any) -> None:
     with pytest.raises(Unsupported) as caught:
         tasks.infer(config, False)
