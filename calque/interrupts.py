@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -22,6 +24,7 @@ def terminations_as_interrupts() -> Iterator[None]:
     ours = [number for number, default in _DEFAULTS.items() if signal.getsignal(number) == default]
     if len(ours) == len(_DEFAULTS):  # the outermost block: what an earlier one was sent is over
         _received.clear()
+    silenced, hook = logging.root.manager.disable, sys.unraisablehook
     for number in ours:
         signal.signal(number, _interrupt)
     try:
@@ -29,6 +32,9 @@ def terminations_as_interrupts() -> Iterator[None]:
     finally:
         for number in ours:
             signal.signal(number, _DEFAULTS[number])
+        if ours and _received:
+            logging.disable(silenced)
+            sys.unraisablehook = hook
 
 
 def interrupted() -> bool:
@@ -48,4 +54,12 @@ def raise_if_interrupted() -> None:
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
     _received.append(number)
+    # What libraries log of the interrupt, and Python of a callback that it struck, is noise beside the line that ends the work.
+    logging.disable(logging.CRITICAL)
+    sys.unraisablehook = _unless_interrupt
     raise KeyboardInterrupt
+
+
+def _unless_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
+    if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
