@@ -97,6 +97,12 @@ def _one_of(kind: str, names: Sequence[str]) -> Callable[[str], str]:
     return check
 
 
+def _path(text: str) -> Path:
+    if not text:  # to Path that is the current folder
+        raise argparse.ArgumentTypeError("is empty, where the name of a file or folder is expected")
+    return Path(text)
+
+
 def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"`{text}` is not a whole number, 0 or more")
@@ -104,8 +110,8 @@ def _count(text: str) -> int:
 
 
 def _positive(text: str) -> int:
-    if _count(text) == 0:
-        raise argparse.ArgumentTypeError("must be 1 or more")
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a whole number, 1 or more")
     return int(text)
 
 
@@ -142,7 +148,7 @@ def _add_convert(command: Parser) -> None:
     what.add_argument("model", nargs="?", metavar="MODEL", help="hub id (org/name or org/name@revision), local folder, or builtin:NAME")
     what.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="the same, as a flag")
     files = "YAML files with the settings, one or several; flags win over them; MODEL stands before"
-    what.add_argument("--recipe", type=Path, nargs="+", action="extend", metavar="FILE", help=files)
+    what.add_argument("--recipe", type=_path, nargs="+", action="extend", metavar="FILE", help=files)
     what.add_argument("--task", metavar="TASK", help="optimum's task name; inferred from the config where it is left out")
     what.add_argument("--random-weights", action="store_true", default=None, help="seeded random weights: the config is enough")
     what.add_argument("--trust-remote-code", action="store_true", default=None, help="run code that the model's repository brings")
@@ -157,7 +163,7 @@ def _add_convert(command: Parser) -> None:
     to.add_argument("--calibration", metavar="FILE", help="text that activation ranges are measured on")
     to.add_argument("--set", type=_assignment, action="append", metavar="KEY=VALUE", help="an option of the target; may be repeated")
     where = "where to write; ./MODEL-TARGET-PRECISION where it is left out. Of several conversions: the folder around theirs"
-    to.add_argument("-o", "--output", type=Path, metavar="FOLDER", help=where)
+    to.add_argument("-o", "--output", type=_path, metavar="FOLDER", help=where)
     kept = "skip what is there, proved from the same recipe, model and versions, and undamaged; replace an artifact that is not"
     to.add_argument("--resume", action="store_true", help=kept)
     to.add_argument("--force", action="store_true", help="replace an artifact that is there, in one step, once the new one is proved")
@@ -172,7 +178,7 @@ def _add_convert(command: Parser) -> None:
 
 
 def _add_folder(command: Parser) -> None:
-    command.add_argument("folder", type=Path, metavar="FOLDER", help="an artifact that `calque convert` wrote")
+    command.add_argument("folder", type=_path, metavar="FOLDER", help="an artifact that `calque convert` wrote")
 
 
 def _add_threads(command: Parser) -> None:
@@ -196,10 +202,10 @@ def _add_generate(command: Parser) -> None:
 
 def _add_report(command: Parser) -> None:
     of = "an artifact, a rejected one, or a folder with the matrix.json of several conversions; may be repeated"
-    command.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help=of)
+    command.add_argument("folders", type=_path, nargs="+", metavar="FOLDER", help=of)
     formats = f"{', '.join(REPORT_FORMATS)}; markdown if left out"
     command.add_argument("--format", type=_one_of("format", REPORT_FORMATS), metavar="FORMAT", help=formats)
-    command.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write, in one step; standard output if left out")
+    command.add_argument("-o", "--output", type=_path, metavar="FILE", help="where to write, in one step; standard output if left out")
 
 
 def _add_nothing(command: Parser) -> None:
@@ -212,7 +218,7 @@ def _add_conformance(command: Parser) -> None:
     command.add_argument("--types", type=_names, default=(), metavar="NAMES", help="types joined by commas; all of the task if left out")
     command.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="run the I-th of N parts of the types")
     command.add_argument(
-        "--results", type=Path, default=Path("support.json"), metavar="FILE", help="the records, added to; support.json if left out"
+        "--results", type=_path, default=Path("support.json"), metavar="FILE", help="the records, added to; support.json if left out"
     )
     again = "make records of these statuses again although nothing changed: passed, failed, unsupported, error, all, joined by commas"
     command.add_argument("--again", type=_statuses, default=frozenset(), metavar="STATUSES", help=again)

@@ -160,22 +160,20 @@ class Artifact:
         """Return the artifact in ``folder``, as its manifest describes it.
 
         Raises:
-            ArtifactUnreadable: no manifest, not JSON, a newer schema, or keys that do not fit the schema.
+            ArtifactUnreadable: no folder, no manifest, not JSON, a newer schema, or keys that do not fit the schema.
         """
         path = folder / MANIFEST
+        require_folder(folder)
         if not path.is_file():
-            raise ArtifactUnreadable(f"{folder} is not an artifact: it has no {MANIFEST}", fix="name a folder that `convert` wrote")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            schema = data["schema"]
-        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-            raise ArtifactUnreadable(f"{path} cannot be read: {error}", fix="convert the model again") from error
-        if schema != SCHEMA:
-            raise ArtifactUnreadable(f"{path} has schema {schema}, this Calque reads {SCHEMA}", fix="upgrade calque")
+            raise ArtifactUnreadable(f"{folder} is not an artifact: it has no {MANIFEST}", fix="name a folder that `calque convert` wrote")
+        data = read_object(path)
+        if data["schema"] != SCHEMA:
+            raise ArtifactUnreadable(f"{path} has schema {data['schema']}, this Calque reads {SCHEMA}", fix="upgrade calque")
         try:
             return cls._from_manifest(folder, data)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ArtifactUnreadable(f"{path} does not follow schema {SCHEMA}: {error}", fix="convert the model again") from error
+            why = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ArtifactUnreadable(f"{path} does not follow schema {SCHEMA}: {why}", fix="convert the model again") from error
 
     @classmethod
     def _from_manifest(cls, folder: Path, data: dict[str, Any]) -> Artifact:
@@ -204,6 +202,36 @@ class Artifact:
             limits=Limits(**data["limits"]),
             proof=Proof(numerics, build, execution),
         )
+
+
+def require_folder(folder: Path) -> None:
+    """Leave quietly if the folder is there.
+
+    Raises:
+        ArtifactUnreadable: nothing of that name, or no folder.
+    """
+    if not os.path.isdir(folder):
+        why = "is not a folder" if os.path.exists(folder) else "does not exist"
+        raise ArtifactUnreadable(f"{folder} {why}", fix="name a folder that `calque convert` wrote")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a file of Calque's, which says what schema it follows.
+
+    Raises:
+        ArtifactUnreadable: no such file, not JSON, not an object, or without a schema.
+    """
+    fix = "convert the model again"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"it is not JSON: {error}"
+        raise ArtifactUnreadable(f"{path} cannot be read: {why}", fix=fix) from error
+    if not isinstance(data, dict):
+        raise ArtifactUnreadable(f"{path} cannot be read: it holds no JSON object", fix=fix)
+    if "schema" not in data:
+        raise ArtifactUnreadable(f"{path} cannot be read: it does not say what `schema` it follows", fix=fix)
+    return data
 
 
 def unlisted_files(folder: Path, listed: Iterable[str]) -> list[str]:

@@ -26,6 +26,7 @@ MAX_RANK = 64
 MAX_EXTENT = 2**63 - 1
 
 AGAIN_FIX = "fetch the file again; it was cut short, altered, or is no safetensors file"
+JSON_FIX = "fetch the file again, or correct it: it must hold one JSON object"
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
@@ -111,10 +112,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise SourceUnreadable(f"{path} cannot be read: {error.strerror}", fix="check that the file is there and readable") from error
     if data.startswith(unreadable.LFS_POINTER):
         raise SourceUnreadable(f"{path} is a Git-LFS pointer, not the file it stands for", fix=unreadable.LFS_FIX)
-    return _json_object(data, str(path))
+    return _json_object(data, str(path), JSON_FIX)
 
 
-def _json_object(data: bytes, where: str) -> dict[str, Any]:
+def _json_object(data: bytes, where: str, fix: str = AGAIN_FIX) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) != len(pairs):
@@ -125,9 +126,9 @@ def _json_object(data: bytes, where: str) -> dict[str, Any]:
         # A hostile file nests brackets until the parser gives up.
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise SourceUnreadable(f"{where} is not JSON: {error}", fix=AGAIN_FIX) from error
+        raise SourceUnreadable(f"{where} is not JSON: {error}", fix=fix) from error
     if not isinstance(value, dict):
-        raise SourceUnreadable(f"{where} holds a {type(value).__name__}, not an object", fix=AGAIN_FIX)
+        raise SourceUnreadable(f"{where} holds a {type(value).__name__}, not a JSON object", fix=fix)
     return value
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from calque.artifact import Artifact
 from calque.console import parity_table, print_json, table
-from calque.convert_command import convert, silence_progress_bars
+from calque.convert_command import convert
 from calque.errors import ArtifactUnreadable, CalqueError, ParityFailed, TargetUnavailable, UsageError
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ def _generate(args: argparse.Namespace) -> int:
     from calque.runtime.generate import generate
 
     result = generate(args.folder, args.prompt, args.max_new_tokens, chat=args.chat, threads=args.threads)
+    if note := _too_long(result):
+        print(note, file=sys.stderr)
     if args.json:
         print_json(result)
         return 0
@@ -55,6 +57,15 @@ def _generate(args: argparse.Namespace) -> int:
         facts.append(f"then {result['tokens_per_s']:.1f} tokens/s")
     print(f"[{', '.join(facts)}]", file=sys.stderr)
     return 0
+
+
+def _too_long(result: Mapping[str, Any]) -> str:
+    """Return what to say where the model was driven past the length it was trained for; nothing where it was not."""
+    prompt, new, trained = result["prompt_tokens"], len(result["tokens"]), result["trained_length"]
+    if trained is None or prompt + new - 1 <= trained:  # the last token was never fed
+        return ""
+    long = f"the prompt is {prompt} tokens" if prompt > trained else f"prompt and answer are {prompt + new} tokens"
+    return f"note: {long}, longer than the {trained} the model was trained for"
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -114,7 +125,6 @@ def _conformance(args: argparse.Namespace) -> int:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it comments on the default configs of its own types
     asked = conformance.Sweep(tasks.find(args.task), args.types, args.shard, args.again, args.timeout)
     total, begun = len(asked.names()), time.monotonic()
-    silence_progress_bars()
 
     def tell(name: str, record: conformance.Record) -> None:
         worst = "" if record.get("worst_sigma") is None else f"  {record['worst_sigma']:.1e} σ"
@@ -131,10 +141,9 @@ def _conformance(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from calque.doctor import INSTALL_CONVERT, can_load, examine
+    from calque.doctor import INSTALL_CONVERT, can_load, examine, missing_for_convert
 
-    findings = examine()
-    missing = [finding.what for finding in findings if finding.note == INSTALL_CONVERT]
+    findings, missing = examine(), missing_for_convert()
     if args.json:
         print_json({"findings": [asdict(finding) for finding in findings], "missing_for_convert": missing})
     else:

@@ -32,18 +32,10 @@ def convert(args: argparse.Namespace) -> int:
     if args.resume and args.force:
         raise UsageError("--resume keeps what is proved already, --force replaces it", fix="give one of them")
     recipes = recipes_of(args)
-    silence_progress_bars()
     if len(recipes) == 1 and recipes[0].matrix is None:
         return _plan(recipes[0], args) if args.plan else _convert_one(recipes[0], args.output or Path(default_folder(recipes[0])), args)
     cells = _cells(recipes)
     return _plan_all(cells, args) if args.plan else _convert_all(cells, args.output or Path(), args)
-
-
-def silence_progress_bars() -> None:
-    """Leave the terminal to our own progress: transformers draws a bar whenever it loads weights."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
 
 
 def recipes_of(args: argparse.Namespace) -> list[Recipe]:
@@ -77,15 +69,8 @@ def recipes_of(args: argparse.Namespace) -> list[Recipe]:
 def _read(path: Path | None, flags: Mapping[str, Any]) -> Recipe:
     from calque import recipe_names
     from calque.recipe import Recipe
-    from calque.recipe_errors import Origin
 
-    if path is None:
-        recipe, origin = Recipe.of(flags), Origin("the command line")
-    else:
-        recipe, origin = Recipe.read_with_origin(path, flags)
-    if found := recipe_names.problems(recipe):
-        raise origin.error(found)
-    return recipe
+    return Recipe.of(flags, names=recipe_names.problems) if path is None else Recipe.read(path, flags, recipe_names.problems)
 
 
 def _flags(args: argparse.Namespace) -> dict[str, Any]:

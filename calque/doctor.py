@@ -17,7 +17,9 @@ Status = Literal["ok", "differs", "missing", "info"]
 
 CONSTRAINTS = Path(__file__).with_name("constraints.txt")
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
-INSTALL_CONVERT = "pip install 'calque[convert]'"
+# Calque is on no package index: it is installed from where it lies.
+INSTALL = "in a checkout of Calque: pip install -c constraints.txt ."
+INSTALL_CONVERT = "in a checkout of Calque: pip install -c constraints.txt '.[convert]'"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ def examine() -> list[Finding]:
 def can_load(findings: list[Finding]) -> bool:
     """Return whether artifacts can be loaded here: no core package is missing."""
     return not any(finding.status == "missing" and INSTALL_CONVERT not in finding.note for finding in findings)
+
+
+def missing_for_convert() -> list[str]:
+    """Return the packages that converting needs and that are not installed."""
+    return [finding.what for finding in _packages() if finding.note == INSTALL_CONVERT]
 
 
 def _machine() -> list[Finding]:
@@ -78,8 +85,7 @@ def _memory_limit() -> int | None:
 def _packages() -> list[Finding]:
     pinned = _pinned()
     return [
-        _package(name, pinned.get(_canonical(name)), INSTALL_CONVERT if for_convert else "pip install calque")
-        for name, for_convert in _requirements()
+        _package(name, pinned.get(_canonical(name)), INSTALL_CONVERT if for_convert else INSTALL) for name, for_convert in _requirements()
     ]
 
 
@@ -120,5 +126,5 @@ def _providers() -> Finding:
     try:
         import onnxruntime
     except ImportError as error:
-        return Finding("onnxruntime providers", "–", "missing", f"onnxruntime cannot be imported: {error}; pip install calque")
+        return Finding("onnxruntime providers", "–", "missing", f"onnxruntime cannot be imported: {error}; {INSTALL}")
     return Finding("onnxruntime providers", ", ".join(onnxruntime.get_available_providers()), "info")

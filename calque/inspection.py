@@ -39,11 +39,11 @@ def artifact_text(artifact: Artifact, facts: dict[str, Any]) -> str:
 
 
 def proof_lines(artifact: Artifact) -> list[str]:
-    """Return one line for each question of the proof."""
+    """Return one line for each question of the proof; the manifest's figure is rounded up, so a bound and not the worst itself."""
     lines = []
     for question in ("numerics", "build", "execution"):
         check = getattr(artifact.proof, question)
-        worst = f", worst {check.worst:g} σ" if check.worst is not None else ""
+        worst = f", worst ≤ {check.worst:g} σ" if check.worst is not None else ""
         by = f" by {check.by}" if check.by else ""
         reason = f": {check.reason}" if check.reason else ""
         lines.append(f"{question:<10} {check.status.replace('_', ' ')}{by}{worst}{reason}")

@@ -66,10 +66,9 @@ def check_parent(parent: Path, names: Iterable[str], replace: bool) -> None:
             check_output(parent / name, replace)
         except UsageError as error:
             found.append(error)
-    if not found:
-        return
-    fix = found[0].fix if replace else "--resume keeps what is proved already, --force replaces it; or name another folder with -o"
-    raise UsageError("some outputs are in the way", [line for error in found for line in (error.what, *error.where)], fix)
+    if found:
+        fix = "; ".join(dict.fromkeys(error.fix for error in found))
+        raise UsageError("some outputs are in the way", [line for error in found for line in (error.what, *error.where)], fix)
 
 
 def run(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from calque.artifact import Limits
     from calque.passes import Pass
     from calque.session import Session
+    from calque.states import StateSpec
     from calque.validation.reference import Reference
     from calque.validation.scenarios import Scenario
 
@@ -120,7 +121,7 @@ def prove(
     from calque.validation.prove import prove as run_scenarios
     from calque.validation.reference import store_reference
 
-    chosen = scenarios_of(recipe, source, artifact)
+    chosen = scenarios_of(recipe, source, artifact.limits, artifact.states)
     shown = telling_scenario(chosen) if artifact.states else None
     load_eager = cache(source.load_eager)
     with stages("reference"):
@@ -221,8 +222,8 @@ def copy_companions(source: ModelSource, folder: Path) -> list[str]:
     return [complete_tokenizer(source.folder, folder, source.trust_remote_code), licence_note(source.folder)]
 
 
-def scenarios_of(recipe: Recipe, source: ModelSource, artifact: Artifact) -> list[Scenario]:
-    """Return the scenarios that the recipe chooses among those that fit the artifact.
+def scenarios_of(recipe: Recipe, source: ModelSource, limits: Limits, states: tuple[StateSpec, ...]) -> list[Scenario]:
+    """Return the scenarios that the recipe chooses among those that fit an artifact of these limits and states.
 
     Raises:
         UsageError: a name that is no scenario of this artifact.
@@ -231,16 +232,16 @@ def scenarios_of(recipe: Recipe, source: ModelSource, artifact: Artifact) -> lis
 
     config = source.config.get_text_config()
     special = {value for name, value in config.to_dict().items() if name.endswith("token_id") and isinstance(value, int)}
-    windows = {state.window for state in artifact.states if state.window}
-    if not artifact.states and (window := config.to_dict().get("sliding_window")):
+    windows = {state.window for state in states if state.window}
+    if not states and (window := config.to_dict().get("sliding_window")):
         windows = {window}
     built = build(
-        artifact.limits,
+        limits,
         config.vocab_size,
         excluded=special,
         windows=windows,
         max_positions=getattr(config, "max_position_embeddings", None),
-        cached=bool(artifact.states),
+        cached=bool(states),
     )
     wanted = recipe.parity.scenarios
     if wanted == "all":
@@ -314,6 +315,8 @@ def require(recipe: Recipe, proof: Proof) -> None:
 
 def plan(recipe: Recipe, progress: Callable[[str], None] = silent) -> dict[str, Any]:
     """Return what converting would emit, need and refuse; nothing is kept on disk."""
+    from calque.validation.reference import predicted_bytes
+
     target = open_target(recipe)
     stages = Stages(progress)
     with TemporaryDirectory(prefix="calque-plan-") as scratch:
@@ -326,14 +329,18 @@ def plan(recipe: Recipe, progress: Callable[[str], None] = silent) -> dict[str, 
         with stages("passes"):
             counts = passes.run(plan_of(recipe, target, source), model)
             problems = target.problems(model)
+        limits = bounded(recipe, model.limits)
+        chosen = scenarios_of(recipe, source, limits, model.states)
+        states = {state.output for state in model.states}
+        beside = preflight.companion_bytes(source) + predicted_bytes(chosen, [spec for spec in model.outputs if spec.name not in states])
     return {
         "model": source.id,
         "target": recipe.target,
         "precision": recipe.precision,
-        **preflight.sizes(model),
+        **preflight.sizes(model, beside),
         "nodes": {"traced": traced, "after passes": len(model.graph.nodes)},
         "passes": counts,
         "states": len(model.states),
-        "limits": asdict(model.limits),
+        "limits": asdict(limits),
         "problems": [asdict(problem) for problem in problems],
     }

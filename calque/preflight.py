@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calque.errors import WeightMismatch, WontFit
+from calque.console import size
+from calque.errors import SourceUnreadable, WeightMismatch, WontFit
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from calque.source import ModelSource
     from calque.traced import TracedModel
 
@@ -18,10 +21,45 @@ if TYPE_CHECKING:
 TOOLS_BYTES = 430 << 20
 # Each node of the graph costs this much while it is traced and translated: measured on 2 to 48 layers.
 NODE_BYTES = 40 << 10
-# Tokenizer, config, graph and references beside the weights.
-COMPANION_BYTES = 16 << 20
+# The runtime's own code and buffers, and the references of one scenario: measured 60 MB with onnxruntime 1.31.
+RUNTIME_BYTES = 64 << 20
+# Each node of the graph in the written file, and the manifest and report beside it.
+NODE_FILE_BYTES = 160
+RECORD_BYTES = 32 << 10
 FP32 = 4
 BANDWIDTH_BYTES = 256 << 20
+# No language model is nearly as deep; building even this many layers takes minutes.
+MOST_LAYERS = 10_000
+# What every model of transformers that has the setting needs at least one of.
+POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+
+
+def require_sizes(config: PreTrainedConfig, path: Path) -> None:
+    """Leave quietly if the sizes in a config can be those of a model; its code would fail late, or not at all.
+
+    Raises:
+        SourceUnreadable: every size that cannot be.
+    """
+    text = config.get_text_config(decoder=True)  # one of several, where a model has them
+    # Not by getattr: a size that differs between layers refuses to be read for all of them.
+    table = text.to_dict()
+    sizes = {name: table.get(text.attribute_map.get(name, name)) for name in POSITIVE}
+    found = {name: size for name, size in sizes.items() if isinstance(size, int)}
+    wrong = [f"{name}: {size}  must be at least 1" for name, size in found.items() if size < 1]
+    heads, groups = found.get("num_attention_heads", 1), found.get("num_key_value_heads", 1)
+    if not wrong and heads % groups:
+        wrong.append(f"num_key_value_heads: {groups}  must divide num_attention_heads: {heads}")
+    if (layers := found.get("num_hidden_layers", 1)) > MOST_LAYERS:
+        wrong.append(f"num_hidden_layers: {layers}  no model has more than {MOST_LAYERS}")
+    if wrong:
+        raise SourceUnreadable(f"{path} describes no {config.model_type} model", wrong, "check it against the model's documentation")
 
 
 def require_disk(source: ModelSource, folder: Path) -> None:
@@ -31,12 +69,17 @@ def require_disk(source: ModelSource, folder: Path) -> None:
         WontFit: how much is needed and how much is free.
     """
     elements = sum(math.prod(stored.shape) for stored in source.tensors.values())
-    needed, free = elements * FP32 + COMPANION_BYTES, shutil.disk_usage(folder).free
-    if needed > free:
+    takes, free = elements * FP32 + companion_bytes(source), shutil.disk_usage(folder).free
+    if takes > free:
         raise WontFit(
-            f"{source.id} needs {needed / 1e9:.2f} GB on disk, {free / 1e9:.2f} GB are free where the output goes",
+            f"{source.id} needs {size(takes)} on disk, {size(free)} are free where the output goes",
             fix="free some space, or name a folder on another disk with -o",
         )
+
+
+def companion_bytes(source: ModelSource) -> int:
+    """Return the bytes of the files that are copied beside the weights."""
+    return sum(path.stat().st_size for path in source.companion_files())
 
 
 def require_tensors(source: ModelSource) -> None:
@@ -53,20 +96,25 @@ def require_tensors(source: ModelSource) -> None:
         )
 
 
-def sizes(model: TracedModel) -> dict[str, Any]:
-    """Return parameters and bytes: weights, artifact, disk, predicted peak memory; and how fast decoding can be at best."""
+def sizes(model: TracedModel, beside: int = 0) -> dict[str, Any]:
+    """Return parameters and bytes: weights, artifact, disk, predicted peak memory; and how fast decoding can be at best.
+
+    ``beside``: the bytes of companions and references.
+    """
     unique = {id(weight): (name, weight) for name, weight in model.weights.entries.items()}.values()
     elements = {name: math.prod(weight.shape) for name, weight in unique}
     weights = model.weights.nbytes()
     largest = max(elements.values(), default=0) * FP32
     # Converting holds one tensor, its cast and its transpose; proving holds the eager model, then the runtime's copy.
-    converting = TOOLS_BYTES + NODE_BYTES * len(model.graph.nodes) + 3 * largest
+    nodes = len(model.graph.nodes)
+    tools = TOOLS_BYTES + NODE_BYTES * nodes
+    artifact = weights + beside + NODE_FILE_BYTES * nodes + RECORD_BYTES
     return {
         "parameters": sum(elements.values()),
         "weights_bytes": weights,
-        "artifact_bytes": weights + COMPANION_BYTES,
-        "disk_bytes": weights + COMPANION_BYTES,
-        "peak_memory_bytes": {"convert": converting, "prove": TOOLS_BYTES + 2 * weights},
+        "artifact_bytes": artifact,
+        "disk_bytes": artifact,
+        "peak_memory_bytes": {"convert": tools + 3 * largest, "prove": tools + RUNTIME_BYTES + 2 * weights},
         **(_decoding(model, weights) if model.states else {}),
     }
 

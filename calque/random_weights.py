@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import IO, TYPE_CHECKING
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from calque.errors import Unsupported
+from calque.console import size
+from calque.errors import SourceUnreadable, Unsupported, WontFit
 from calque.fake import buildable, fake_parameters
 from calque.tasks import TASKS, Task
 from calque.weights import DTYPES
@@ -59,10 +61,16 @@ def write_random_weights(
       unless it is a bias
     - persistent buffers and integers: the model's own values
 
+    Raises:
+        SourceUnreadable: the config gives a tensor no elements.
+        WontFit: there is no room for them in ``folder``.
+
     Source: safetensors format, README@0.8.
     """
     model = _outline(config, seed, task, trust_remote_code)
     tensors = _tensors(model)
+    _require_elements(tensors)
+    _require_room(tensors, folder)
     # Larger elements first, as safetensors' own writer does, keeps every tensor aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     path = folder / "model.safetensors"
@@ -101,6 +109,19 @@ def _tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     names = sorted((name for name in state if name not in skipped), key=lambda name: name in model.all_tied_weights_keys)
     first = {id(state[name]): name for name in reversed(names)}
     return {name: state[name] for name in names if first[id(state[name])] == name}
+
+
+def _require_elements(tensors: dict[str, torch.Tensor]) -> None:
+    parameters = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter)}
+    if empty := [f"{name}: {list(tensor.shape)}" for name, tensor in parameters.items() if not tensor.numel()]:
+        raise SourceUnreadable("config.json gives parameters no elements", empty, "check its sizes against the model's documentation")
+
+
+def _require_room(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    takes, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder).free
+    if takes > free:
+        fix = "free some space there, or make the model smaller"
+        raise WontFit(f"random weights take {size(takes)}, {size(free)} are free in {folder}", fix=fix)
 
 
 def _header(tensors: dict[str, torch.Tensor]) -> bytes:

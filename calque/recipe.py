@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,16 +17,18 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     StrictBool,
     StrictInt,
     StrictStr,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
 from calque.choices import Layout, Logits, Precision, Requirement
-from calque.recipe_errors import Origin, problems_of, recipe_error
+from calque.recipe_errors import Origin, Problem, problems_besides, problems_of, recipe_error
 from calque.strict_yaml import read_document
 
 # Settings of the machine that converts. They change how long it takes, never a byte of what comes out.
@@ -153,7 +155,11 @@ def _default_precision(settings: dict[str, Any]) -> Precision:
 
 
 class Recipe(_Settings):
-    """What to convert, to what, how, and what must be proved. Frozen; unknown keys are refused."""
+    """What to convert, to what, how, and what must be proved. Frozen; unknown keys are refused.
+
+    Raises:
+        RecipeError: every problem at once, with the nearest known key.
+    """
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     """Version of the format of recipes."""
@@ -202,61 +208,61 @@ class Recipe(_Settings):
         firsts = {key: axis[0] for key in ("model", "target") if isinstance(axis := matrix.get(key), list | tuple) and axis}
         return {**firsts, **value}
 
+    @model_validator(mode="wrap")
     @classmethod
-    def read(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    def _all_problems(cls, value: Any, handler: ModelWrapValidatorHandler[Recipe], info: ValidationInfo) -> Recipe:
+        """Raise RecipeError with all that is wrong: in the schema, in the names, and in what the cells of a matrix would be called."""
+        origin, names = info.context or (Origin("the recipe"), None)
+
+        def look_up(recipe: Recipe) -> list[Problem]:
+            shared = [(("matrix",), f"several cells would be written to {name}") for name in _shared_folders(recipe._cells())]
+            return [*(names(recipe) if names else ()), *shared]
+
+        try:
+            recipe = handler(value)
+        except ValidationError as error:
+            found = problems_of(error, cls, origin)
+            if isinstance(value, Mapping):
+                found += [origin.placed(*problem) for problem in problems_besides(error, value, handler, look_up)]
+            raise origin.error(found) from error
+        if problems := look_up(recipe):
+            raise origin.error(origin.placed(*problem) for problem in problems)
+        return recipe
+
+    @classmethod
+    def read(cls, path: Path, overrides: Mapping[str, Any] | None = None, names: LookUp | None = None) -> Recipe:
         """Return the recipe in a YAML file; ``overrides`` are flags: they replace top-level keys, axes of the matrix too.
+
+        ``names`` gives the problems of what the schema leaves open, each with its place.
 
         Raises:
             RecipeError: every problem at once, with the line of each and the nearest known key.
         """
-        return cls.read_with_origin(path, overrides)[0]
-
-    @classmethod
-    def read_with_origin(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Recipe, Origin]:
-        """Return what `read` returns, and where each setting was written, for problems that are found later."""
         document = read_document(path)
         if not isinstance(document.data, dict):
             found = "nothing" if document.data is None else type(document.data).__name__
             raise recipe_error([f"line 1: a recipe is a mapping of keys to values; found {found}"], str(path))
-        flags = dict(overrides or {})
-        origin = Origin(str(path), document, frozenset(flags))
-        return cls._checked({**document.data}, flags, origin), origin
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any], origin: str = "the command line") -> Recipe:
-        """Return the recipe that plain settings describe.
-
-        Raises:
-            RecipeError: every problem at once, with the nearest known key.
-        """
-        return cls._checked({}, dict(settings), Origin(origin, flags=frozenset(settings)))
-
-    @classmethod
-    def _checked(cls, data: dict[str, Any], flags: dict[str, Any], origin: Origin) -> Recipe:
+        data, flags = {**document.data}, dict(overrides or {})
         matrix = data.get("matrix")
         if isinstance(matrix, dict) and set(matrix) & set(flags):
             data["matrix"] = {axis: cells for axis, cells in matrix.items() if axis not in flags} or None
         for key in ("options", "parity"):
             if isinstance(data.get(key), dict) and isinstance(flags.get(key), dict):
                 flags[key] = {**data[key], **flags[key]}
-        try:
-            recipe = cls.model_validate({**data, **flags})
-        except ValidationError as error:
-            raise recipe_error(problems_of(error, cls, origin), origin.name) from error
-        if shared := _shared_folders(recipe._cells()):
-            raise origin.error((("matrix",), f"several cells would be written to {name}") for name in shared)
-        return recipe
+        return cls.model_validate({**data, **flags}, context=(Origin(str(path), document, frozenset(flags)), names))
 
-    def expand(self) -> dict[str, Recipe]:
-        """Return every cell of the matrix by the name of its folder; the recipe alone where there is no matrix.
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], origin: str = "the command line", names: LookUp | None = None) -> Recipe:
+        """Return the recipe that plain settings describe; ``names`` as in `read`.
 
         Raises:
-            RecipeError: two cells have one name.
+            RecipeError: every problem at once, with the nearest known key.
         """
-        cells = self._cells()
-        if shared := _shared_folders(cells):
-            raise recipe_error([f"matrix: several cells would be written to {name}" for name in shared], "the recipe")
-        return {default_folder(cell): cell for cell in cells}
+        return cls.model_validate(dict(settings), context=(Origin(origin, flags=frozenset(settings)), names))
+
+    def expand(self) -> dict[str, Recipe]:
+        """Return every cell of the matrix by the name of its folder; the recipe alone where there is no matrix."""
+        return {default_folder(cell): cell for cell in self._cells()}
 
     def _cells(self) -> list[Recipe]:
         if self.matrix is None:
@@ -273,6 +279,9 @@ class Recipe(_Settings):
         if self.calibration:
             data["calibration"]["text"] = Path(self.calibration.text).name
         return data
+
+
+LookUp = Callable[[Recipe], Iterable[Problem]]
 
 
 def unbuilt_settings(recipe: Recipe) -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -13,8 +13,16 @@ from calque.errors import RecipeError
 from calque.strict_yaml import Document, Location
 from calque.suggest import nearest
 
+Settings = TypeVar("Settings", bound=BaseModel)
+Problem = tuple[Location, str]
+# The line of a problem, infinite where no line holds it, and what is printed of it.
+Ranked = tuple[float, str]
+
 # Of a value that may be of any length.
 LONGEST_SHOWN = 200
+
+# In place of keys that must be there and are at fault, so that the others can be read.
+_STAND_INS = {"model": "any", "target": "any"}
 
 _WORDING = {
     "string_type": "must be text; put it in quotes",
@@ -41,11 +49,11 @@ class Origin:
     document: Document = field(default_factory=lambda: Document({}, {}))
     flags: frozenset[str] = frozenset()
 
-    def error(self, problems: Iterable[tuple[Location, str]]) -> RecipeError:
-        """Return the error that lists the problems, each with its line, in the order of the lines."""
-        return recipe_error([text for _, text in sorted(self.placed(at, message) for at, message in problems)], self.name)
+    def error(self, problems: Iterable[Ranked]) -> RecipeError:
+        """Return the error that lists the problems in the order of their lines."""
+        return recipe_error([text for _, text in sorted(problems, key=lambda problem: problem[0])], self.name)
 
-    def placed(self, at: Location, message: str) -> tuple[float, str]:
+    def placed(self, at: Location, message: str) -> Ranked:
         """Return the line of a problem, infinite where a flag said it, and the problem with the line and the key before it."""
         text = f"{_dotted(at)}: {message}" if at else message
         if at and at[0] in self.flags:
@@ -61,8 +69,8 @@ def recipe_error(problems: Sequence[str], origin: str) -> RecipeError:
     return RecipeError(f"{count} in {origin}", shown, "docs/recipes.md lists every key")
 
 
-def problems_of(error: ValidationError, model: type[BaseModel], origin: Origin) -> list[str]:
-    """Return one line for each problem, in the order of the file's lines; flags and missing keys come last."""
+def problems_of(error: ValidationError, model: type[BaseModel], origin: Origin) -> list[Ranked]:
+    """Return one line for each problem; those of flags and of missing keys are to come last."""
     found: dict[tuple[float, str], str] = {}
     for detail in error.errors(include_url=False):
         if _follows_from_another(detail):
@@ -77,7 +85,29 @@ def problems_of(error: ValidationError, model: type[BaseModel], origin: Origin) 
         else:
             line, text = origin.placed(at, _message(detail, model))
             found.setdefault((line, key), text)
-    return [text for _, text in sorted(found.items(), key=lambda item: item[0][0])]
+    return [(line, text) for (line, _), text in found.items()]
+
+
+def problems_besides(
+    error: ValidationError,
+    settings: Mapping[str, Any],
+    read: Callable[[Mapping[str, Any]], Settings],
+    look_up: Callable[[Settings], Iterable[Problem]],
+) -> list[Problem]:
+    """Return what ``look_up`` finds in those keys of the settings that the error says nothing about."""
+    faulty: set[str | int] = set()
+    # Without a faulty matrix the target that it gave is missing too: once more, then.
+    while more := {detail["loc"][0] for detail in error.errors(include_url=False) if detail["loc"]} - faulty:
+        faulty |= more
+        kept = {key: value for key, value in settings.items() if key not in faulty}
+        stand_ins = {key: value for key, value in _STAND_INS.items() if key in faulty}
+        try:
+            found = look_up(read({**stand_ins, **kept}))
+        except ValidationError as again:
+            error = again
+        else:
+            return [(at, text) for at, text in found if at[0] not in faulty]
+    return []
 
 
 def _follows_from_another(detail: ErrorDetails) -> bool:

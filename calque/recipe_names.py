@@ -8,11 +8,10 @@ from dataclasses import fields
 from calque import passes, pipeline, targets, tasks
 from calque.errors import RecipeError, Unsupported, UsageError
 from calque.recipe import Recipe
+from calque.recipe_errors import Problem
 from calque.strict_yaml import Location
 from calque.suggest import nearest
 from calque.validation import scenarios
-
-Problem = tuple[Location, str]
 
 
 def problems(recipe: Recipe) -> list[Problem]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, cast
 
-from calque import checkpoint, hub, sentence, tasks, unreadable
+from calque import checkpoint, hub, preflight, sentence, tasks, unreadable
 from calque.companions import CARD, CONFIG, companion_files
 from calque.errors import SourceUnreadable, Unsupported, UsageError, WeightMismatch
 from calque.tasks import Task
@@ -121,16 +121,17 @@ class ModelSource:
         from safetensors import SafetensorError
 
         try:
-            loaded: Any = getattr(transformers, self.auto_class).from_pretrained(
-                self.folder,
-                dtype=getattr(torch, dtype),
-                attn_implementation="eager",
-                experts_implementation="eager",
-                trust_remote_code=self.trust_remote_code,
-                local_files_only=not self.trust_remote_code,
-                output_loading_info=True,
-                **self.model_options(),
-            )
+            with _without_words_of_transformers():
+                loaded: Any = getattr(transformers, self.auto_class).from_pretrained(
+                    self.folder,
+                    dtype=getattr(torch, dtype),
+                    attn_implementation="eager",
+                    experts_implementation="eager",
+                    trust_remote_code=self.trust_remote_code,
+                    local_files_only=not self.trust_remote_code,
+                    output_loading_info=True,
+                    **self.model_options(),
+                )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             fix = "check that config.json and the weights belong together"
             if not (self.folder / CONFIG).is_file():
@@ -142,6 +143,22 @@ class ModelSource:
             fix = "check that config.json and the weights belong together"
             raise WeightMismatch(f"{len(missing)} parameters of {self.id} have no bytes", missing, fix)
         return cast("PreTrainedModel", model.eval().requires_grad_(False))
+
+
+@contextlib.contextmanager
+def _without_words_of_transformers() -> Iterator[None]:
+    """Keep its bar, and its report of what the checkpoint lacks or has besides, which errors and the ledger say, off the terminal."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -243,6 +260,7 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
         raise SourceUnreadable(
             f"{path} describes no usable {table.get('model_type')} model: {error}", fix=f"check {CONFIG} against the model's documentation"
         ) from error
+    preflight.require_sizes(config, path)
     return cast("PreTrainedConfig", config)
 
 
@@ -280,9 +298,8 @@ def _check_task(config: PreTrainedConfig, task: Task, origin: str, trust_remote_
     own_code = task.auto_class in (getattr(config, "auto_map", None) or {})
     if own_code and not trust_remote_code and type(config) not in _known(task):
         raise _untrusted(config.model_type, ())
-    # A generator's head may be tied to its embedding: it would be made up without a parameter missing.
-    other_head = task.converter == "causal_lm" and named and not own_code and not named & set(task.architectures())
-    if not task.fits(config) or other_head:
+    # A generator's head may be tied to its embedding, and two classifiers' heads bear one name: no parameter would be missing.
+    if not task.fits(config) or (named and not own_code and not task.reads(named)):
         raise Unsupported(
             f"{origin} ({config.model_type}: {', '.join(sorted(named)) or 'no architecture'}) is no model for {task.name}",
             fix=f"leave the task out, so that the config says it, or name another: {', '.join(tasks.TASKS)}",

@@ -85,17 +85,16 @@ def check_output(out: Path, force: bool = False) -> None:
     if not out.name:
         raise UsageError(f"{out} cannot be an artifact folder", fix="name a folder inside it: -o FOLDER")
     if os.path.lexists(out):
-        if not force:
-            raise UsageError(f"{out} exists already", fix="name another folder with -o, or replace it with --force")
+        # First what neither --force nor --resume helps against.
         if not is_artifact(out):
-            raise UsageError(
-                f"{out} is not an artifact, and --force replaces artifacts only",
-                fix="name another folder with -o, or remove this one yourself",
-            )
+            fix = "name another folder with -o, or remove this one yourself"
+            raise UsageError(f"{out} exists already and is not an artifact; only artifacts are ever replaced", fix=fix)
         if added := _added_files(out):
-            raise UsageError(
-                f"{out} holds files that are not the artifact's, and replacing it would delete them", added, "move them away first"
-            )
+            what = f"{out} exists already and holds files that are not the artifact's, which replacing it would delete"
+            raise UsageError(what, added, "name another folder with -o, or move these files away first")
+        if not force:
+            fix = "name another folder with -o, replace it with --force, or keep it with --resume if it is proved already"
+            raise UsageError(f"{out} exists already", fix=fix)
     _check_rejected(rejected_folder(out))
 
 

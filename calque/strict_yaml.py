@@ -62,7 +62,8 @@ def read_document(path: Path) -> Document:
             content = file.read(LARGEST + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise RecipeError(f"{path} cannot be read: {reason}", fix="name an existing recipe file") from error
+        fix = "name an existing recipe file; --recipe takes every name after it, so that a MODEL must stand before"
+        raise RecipeError(f"{path} cannot be read: {reason}", fix=fix) from error
     if len(content) > LARGEST:
         raise RecipeError(f"{path} is larger than {LARGEST // 1024} KiB, as no recipe is", fix="name a recipe file")
     try:

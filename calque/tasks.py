@@ -36,6 +36,13 @@ class Task:
         values = [value for table in tables for value in getattr(modeling_auto, table).values()]
         return {name for value in values for name in ([value] if isinstance(value, str) else value)}
 
+    def reads(self, architectures: Collection[str]) -> bool:
+        """Return whether a checkpoint of the named architectures may hold this task's head; features need none."""
+        if self.auto_class == "AutoModel" or set(architectures) & set(self.architectures()):
+            return True
+        # Saved with several heads, of which loading says what is missing.
+        return all(name.endswith("ForPreTraining") for name in architectures)
+
     def class_for(self, config: PreTrainedConfig) -> str:
         """Return the name of transformers' auto class; of a model that encodes and decodes, features are the encoder's."""
         import transformers

@@ -222,10 +222,13 @@ def user_nodes(nodes: Iterable[Node], target: Any) -> list[Node]:
 
 
 def call(graph: torch.fx.Graph, target: Any, *args: Any, **keywords: Any) -> Node:
-    """Return a new node at the graph's insertion point that calls ``target``; it stands where its first argument does."""
+    """Return a new node at the graph's insertion point that calls ``target``; it stands where its first argument does.
+
+    An input of the graph stands nowhere, which is a stack of no modules: torch's exporter warns of a node without one.
+    """
     node = graph.call_function(target, args, keywords)
     above = node.all_input_nodes[0].meta
-    node.meta = {key: above[key] for key in ("nn_module_stack", "stack_trace") if key in above}
+    node.meta = {"nn_module_stack": {}, **{key: above[key] for key in ("nn_module_stack", "stack_trace") if key in above}}
     refresh(node)
     return node
 

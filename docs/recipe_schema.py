@@ -24,6 +24,7 @@ SIZE = r"^\s*(\d+(\.\d+)?)\s*([KMGTkmgt]?[Ii]?)[Bb]?\s*$"
 def schema() -> dict[str, Any]:
     """Return the schema that editors check a recipe with."""
     found: dict[str, Any] = Recipe.model_json_schema()
+    found["description"] = found["description"].partition("\n")[0]  # what making one in Python raises is no editor's affair
     keys, parts = found["properties"], found["$defs"]
     axes = parts["Matrix"]["properties"]
     for listed in (axes[axis]["anyOf"][0] for axis in axes):

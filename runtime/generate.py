@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 
 
 def generate(folder: Path | str, prompt: str, max_new_tokens: int, chat: bool = False, threads: int = 0) -> dict[str, Any]:
-    """Return the greedy continuation and its speed: ``text tokens prompt_tokens ttft_ms tokens_per_s``.
+    """Return the greedy continuation and its speed: ``text tokens prompt_tokens trained_length ttft_ms tokens_per_s``.
 
-    It ends at an end token, after ``max_new_tokens``, or at the artifact's ``max_length``. ``ttft_ms`` is the time to the
-    first token without opening the model; ``tokens_per_s`` is that of the tokens after it, None if there is none.
+    It ends at an end token, after ``max_new_tokens``, or at the artifact's ``max_length``. ``trained_length`` is how many
+    tokens the model was trained for, None if its config does not say: past it a rotary model goes on, but not as well.
+    ``ttft_ms`` is the time to the first token without opening the model; ``tokens_per_s`` is that of the tokens after it,
+    None if there is none.
 
     Raises:
         UsageError: the prompt holds no token, or a chat template is asked for that is not there.
@@ -58,6 +60,7 @@ def generate(folder: Path | str, prompt: str, max_new_tokens: int, chat: bool = 
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "tokens": new,
         "prompt_tokens": len(ids),
+        "trained_length": trained_length(folder),
         "ttft_ms": round((times[1] - times[0]) * 1000, 3) if new else None,
         "tokens_per_s": round(steps / (times[-1] - times[1]), 2) if steps > 0 else None,
     }
@@ -153,3 +156,11 @@ def end_tokens(folder: Path) -> frozenset[int]:
         if ids is not None:
             return frozenset(ids if isinstance(ids, list) else [ids])
     return frozenset()
+
+
+def trained_length(folder: Path) -> int | None:
+    """Return how many tokens the model's config is made for, None where it does not say."""
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")  # where a model reads more than text
+    length = (text if isinstance(text, dict) else config).get("max_position_embeddings")
+    return length if isinstance(length, int) else None

@@ -16,6 +16,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from calque import plugins
+from calque.doctor import INSTALL_CONVERT
 from calque.errors import UsageError
 from calque.options import construct
 
@@ -117,7 +118,7 @@ def package_rows(needs: dict[str, str]) -> list[tuple[str, str, str]]:
         try:
             rows.append((package, version(package), purpose))
         except PackageNotFoundError:
-            rows.append((package, "missing", f"{purpose}: pip install 'calque[convert]'"))
+            rows.append((package, "missing", f"{purpose}: {INSTALL_CONVERT}"))
     return rows
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from calque.artifact import MANIFEST, Artifact
+from calque.artifact import MANIFEST, Artifact, require_folder
 from calque.errors import ArtifactUnreadable
 from calque.staging import rejected_folder
 from calque.validation.report import Report
@@ -79,12 +79,13 @@ def read_cells(folders: Iterable[Path]) -> list[Cell]:
     """Return the cells of every folder: an artifact, a rejected one, or a folder that holds matrix.json.
 
     Raises:
-        ArtifactUnreadable: all folders that are none of these, or do not follow their schema.
+        ArtifactUnreadable: all folders that are not there, are none of these, or do not follow their schema.
     """
     cells: list[Cell] = []
     unreadable = []
     for folder in folders:
         try:
+            require_folder(folder)
             cells += _read_matrix(folder) if (folder / MATRIX).is_file() else [read_artifact(folder)]
         except ArtifactUnreadable as error:
             unreadable.append(error)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calque.errors import SourceUnreadable
+from calque.memory import ran_out
 from calque.validation.drive import segments
 
 if TYPE_CHECKING:
@@ -39,6 +41,9 @@ def eager_outputs(model: torch.nn.Module, tokens: Sequence[int], inputs: Sequenc
     """Return every floating output of the model by name: [positions, size], or [size] where it speaks of the whole row.
 
     ``inputs``: those of the artifact; segments are given where it takes them.
+
+    Raises:
+        SourceUnreadable: the model's own code fails on the row.
     """
     import torch
 
@@ -49,9 +54,22 @@ def eager_outputs(model: torch.nn.Module, tokens: Sequence[int], inputs: Sequenc
     if "use_cache" in inspect.signature(type(model).forward).parameters:
         given["use_cache"] = False
     with torch.inference_mode(), one_thread():
-        answered: Mapping[str, Any] = model(**given)
+        answered: Mapping[str, Any] = _answer(model, given, len(tokens))
         found = {name: value for name, value in answered.items() if isinstance(value, torch.Tensor) and value.is_floating_point()}
         return {name: value[0].float().numpy() for name, value in found.items()}
+
+
+def _answer(model: torch.nn.Module, given: Mapping[str, Any], tokens: int) -> Any:
+    try:
+        return model(**given)
+    except Exception as error:  # foreign code, whose constructor took the config as it is, fails with whatever it meets first
+        if ran_out(error):
+            raise
+        said = str(error).strip().partition("\n")[0]
+        raise SourceUnreadable(
+            f"the eager model itself fails on a row of {tokens} tokens: {type(error).__name__}: {said}",
+            fix="check the values in config.json against the model's documentation",
+        ) from error
 
 
 def eager_states(model: torch.nn.Module, tokens: Sequence[int]) -> dict[str, NDArray[np.float32]]:

@@ -86,6 +86,13 @@ def needed(scenario: Scenario) -> dict[Key, NDArray[np.int64]]:
     return {key: np.array(sorted(positions), dtype=np.int64) for key, positions in sorted(found.items()) if positions}
 
 
+def predicted_bytes(scenarios: Sequence[Scenario], outputs: Sequence[TensorSpec]) -> int:
+    """Return about how many bytes `store_reference` will write for outputs whose last axis is a number."""
+    places = sum(len(positions) for scenario in scenarios for positions in needed(scenario).values())
+    values = sum(size for spec in outputs if isinstance(size := spec.shape[-1], int))
+    return min(BUDGET, places * (values * np.float32().itemsize + POSITION_BYTES) + NPZ_OVERHEAD * len(scenarios))
+
+
 def store_reference(
     load_eager: Callable[[], torch.nn.Module],
     scenarios: Sequence[Scenario],

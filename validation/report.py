@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from calque.artifact import REPORT
+from calque.artifact import REPORT, read_object
 from calque.errors import ArtifactUnreadable
 from calque.stages import Stage
 
@@ -66,14 +66,14 @@ class Report:
             ArtifactUnreadable: there is none, or it does not follow the schema.
         """
         path = folder / REPORT
+        data = read_object(path)
+        if (schema := data.pop("schema")) != SCHEMA:
+            raise ArtifactUnreadable(f"{path} has schema {schema}, this Calque reads {SCHEMA}", fix="upgrade calque")
+        if missing := sorted({"scenarios", "stages", "sizes"} - data.keys()):
+            raise ArtifactUnreadable(f"{path} cannot be read: it lacks {', '.join(missing)}", fix="convert the model again")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if (schema := data.pop("schema")) != SCHEMA:
-                raise ArtifactUnreadable(f"{path} has schema {schema}, this Calque reads {SCHEMA}", fix="upgrade calque")
-            if missing := sorted({"scenarios", "stages", "sizes"} - data.keys()):
-                raise KeyError(", ".join(missing))
             stages = tuple(Stage(**row) for row in data.pop("stages"))
             fields: dict[str, Any] = {key: tuple(value) if key in LISTS else value for key, value in data.items()}
             return cls(stages=stages, **fields)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise ArtifactUnreadable(f"{path} cannot be read: {error}", fix="convert the model again") from error

@@ -101,10 +101,34 @@ def test_folder_without_a_manifest_is_no_artifact(tmp_path: Path) -> None:
         Artifact.read(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"target": "onnxruntime"}', "\ud800"], ids=repr)
-def test_manifest_that_is_no_manifest_is_reported(text: str, tmp_path: Path) -> None:
+def test_folder_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name, said in (("none", "none does not exist"), ("file", "file is not a folder"), ("x" * 400, "x does not exist")):
+        with pytest.raises(ArtifactUnreadable, match=said):
+            Artifact.read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "it is not JSON"),
+        ("{", "it is not JSON"),
+        ("\ud800", "it is not JSON"),
+        ("[]", "it holds no JSON object"),
+        ("null", "it holds no JSON object"),
+        ("{}", "it does not say what `schema` it follows"),
+        ('{"target": "onnxruntime"}', "it does not say what `schema` it follows"),
+    ],
+)
+def test_manifest_that_is_no_manifest_is_reported(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ArtifactUnreadable, match="cannot be read"):
+    with pytest.raises(ArtifactUnreadable, match=rf"manifest\.json cannot be read: {said}"):
+        Artifact.read(tmp_path)
+
+
+def test_manifest_that_lacks_a_key_names_it(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text('{"schema": 1}')
+    with pytest.raises(ArtifactUnreadable, match="does not follow schema 1: 'recipe' is missing"):
         Artifact.read(tmp_path)
 
 

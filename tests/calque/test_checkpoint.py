@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from calque.checkpoint import INDEX, SINGLE, read_headers, sha256, weight_files
+from calque.checkpoint import INDEX, SINGLE, read_headers, read_json, sha256, weight_files
 from calque.errors import SourceUnreadable
 
 ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
@@ -93,7 +93,7 @@ def test_no_torch_is_imported_by_reading_headers(tmp_path: Path) -> None:
         ((200_000_000).to_bytes(8, "little") + b"{}", "header of 200000000 bytes, more than the format allows"),
         (b"\xff" * 16, "more than the format allows"),
         ((64).to_bytes(8, "little") + b"{}", "claims a header of 64 bytes and has 10"),
-        ((2).to_bytes(8, "little") + b"[]", "its header holds a list, not an object"),
+        ((2).to_bytes(8, "little") + b"[]", "its header holds a list, not a JSON object"),
         ((4).to_bytes(8, "little") + b"nope", "its header is not JSON"),
         ((2).to_bytes(8, "little") + b"\xff\xfe", "its header is not JSON"),
         ((50_000).to_bytes(8, "little") + b"[" * 50_000, "its header is not JSON"),
@@ -230,6 +230,15 @@ def test_index_is_refused_when_a_shard_lies_outside_the_folder(tmp_path: Path, s
 def test_index_is_refused_when_it_places_nothing(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / INDEX).write_text(content)
     assert said in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "said"), [("{", "is not JSON"), ("[]", "holds a list, not a JSON object")])
+def test_json_that_is_no_object_is_not_taken_for_a_safetensors_file(tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(SourceUnreadable, match=said) as caught:
+        read_json(path)
+    assert "safetensors" not in caught.value.fix
 
 
 @pytest.mark.parametrize(

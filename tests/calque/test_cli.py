@@ -57,7 +57,7 @@ def test_convert_prints_the_tables_and_where_it_wrote(converted: Converted, caps
     assert "worst |Δ|/σ" in out
     assert "single       1         40      1.2e-05     2.0e-06  1.0e-04  1.0000          0     0.50  passed" in out
     assert "trace      3.2       512 MB" in out
-    assert "numerics   passed by onnxruntime, worst 2e-05 σ" in out
+    assert "numerics   passed by onnxruntime, worst ≤ 2e-05 σ" in out
     assert "wrote quill-onnxruntime-fp32" in out
     assert err == "[   0.0s] trace …\n"
     assert not converted.force
@@ -222,7 +222,11 @@ def test_plan_says_what_would_be_made(
         (["convert", "--recipe", "none.yaml"], "none.yaml cannot be read"),
         (["convert", "m", "-o"], "expected one argument"),
         (["generate", "folder"], "the following arguments are required: -p/--prompt"),
-        (["generate", "folder", "-p", "x", "--max-new-tokens", "0"], "must be 1 or more"),
+        (["generate", "folder", "-p", "x", "--max-new-tokens", "0"], "`0` is not a whole number, 1 or more"),
+        (["generate", "folder", "-p", "x", "--max-new-tokens", "-1"], "`-1` is not a whole number, 1 or more"),
+        (["convert", "m", "--target", "onnxruntime", "-o", ""], "-o/--output: is empty"),
+        (["report", "folder", "-o", ""], "-o/--output: is empty"),
+        (["inspect", ""], "FOLDER: is empty"),
         (["validate"], "the following arguments are required: FOLDER"),
     ],
 )

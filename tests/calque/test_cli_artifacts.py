@@ -36,7 +36,14 @@ def test_validate_prints_the_rows(monkeypatch: pytest.MonkeyPatch, capsys: Outpu
 
 @pytest.mark.parametrize("speed", [None, 123.4])
 def test_generate_prints_the_text_alone_on_stdout(monkeypatch: pytest.MonkeyPatch, capsys: Output, speed: float | None) -> None:
-    result = {"text": "a continuation", "tokens": [1, 2, 3], "prompt_tokens": 4, "ttft_ms": 5.6, "tokens_per_s": speed}
+    result = {
+        "text": "a continuation",
+        "tokens": [1, 2, 3],
+        "prompt_tokens": 4,
+        "trained_length": None,
+        "ttft_ms": 5.6,
+        "tokens_per_s": speed,
+    }
     monkeypatch.setattr("calque.runtime.generate.generate", lambda folder, prompt, count, chat, threads: result)
     assert cli.main(["generate", "folder", "-p", "text"]) == 0
     out, err = capsys.readouterr()
@@ -44,6 +51,32 @@ def test_generate_prints_the_text_alone_on_stdout(monkeypatch: pytest.MonkeyPatc
     assert err == "[4 prompt tokens, 3 new, first after 6 ms" + (", then 123.4 tokens/s]\n" if speed else "]\n")
     assert cli.main(["generate", "folder", "-p", "text", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == result
+
+
+@pytest.mark.parametrize(
+    ("prompt", "trained", "note"),
+    [
+        (9, 8, "note: the prompt is 9 tokens, longer than the 8 the model was trained for"),
+        (7, 8, "note: prompt and answer are 10 tokens, longer than the 8 the model was trained for"),
+        (6, 8, None),  # the last of the nine was never fed
+        (9, None, None),
+    ],
+)
+def test_generate_notes_what_is_longer_than_the_model_was_trained_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: Output, prompt: int, trained: int | None, note: str | None
+) -> None:
+    result = {"text": "x", "tokens": [1, 2, 3], "prompt_tokens": prompt, "trained_length": trained, "ttft_ms": 5.6, "tokens_per_s": None}
+    monkeypatch.setattr("calque.runtime.generate.generate", lambda *_, **__: result)
+    assert cli.main(["generate", "folder", "-p", "text", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == result
+    assert err.splitlines() == ([note] if note else [])
+
+
+@pytest.mark.parametrize("command", [["report"], ["generate", "-p", "x"], ["validate"], ["inspect"]], ids=lambda command: command[0])
+def test_a_folder_that_does_not_exist_is_said_so(tmp_path: Path, capsys: Output, command: list[str]) -> None:
+    assert cli.main([*command, str(tmp_path / "nosuch")]) == 7
+    assert f"{tmp_path / 'nosuch'} does not exist\nFix: " in capsys.readouterr().err
 
 
 def test_inspect_describes_the_artifact(tmp_path: Path, capsys: Output) -> None:
@@ -70,6 +103,12 @@ def test_inspect_finds_damage(tmp_path: Path, capsys: Output, damage: str) -> No
     path.write_bytes(b"other") if damage == "changed" else path.unlink()
     assert cli.main(["inspect", str(tmp_path / "out")]) == 7
     assert "model.onnx" in capsys.readouterr().err
+
+
+def test_inspect_does_without_the_report(tmp_path: Path) -> None:
+    (write_proved_artifact(tmp_path / "out").folder / "report.json").unlink()
+    assert cli.main(["inspect", str(tmp_path / "out")]) == 0
+    assert cli.main(["report", str(tmp_path / "out")]) == 7
 
 
 def test_inspect_of_another_folder_is_unreadable(tmp_path: Path) -> None:

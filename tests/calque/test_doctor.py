@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from pathlib import Path
 
 import pytest
 
 from calque import cli, doctor
+from calque.failures import explained
 
 
 @pytest.fixture
@@ -60,9 +62,30 @@ def test_another_version_is_told(versions: dict[str, str | None]) -> None:
 def test_what_only_convert_needs_may_be_missing(versions: dict[str, str | None], capsys: pytest.CaptureFixture[str]) -> None:
     versions["torch"] = versions["onnx-ir"] = None
     assert cli.main(["doctor"]) == 0
-    assert "convert: missing torch, onnx-ir; pip install 'calque[convert]'" in capsys.readouterr().out
+    fix = "in a checkout of Calque: pip install -c constraints.txt '.[convert]'"
+    assert f"convert: missing torch, onnx-ir; {fix}" in capsys.readouterr().out
     assert cli.main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["missing_for_convert"] == ["torch", "onnx-ir"]
+
+
+@pytest.mark.parametrize("name", ["torch", "onnx_ir.passes"])
+def test_an_import_that_fails_names_all_that_is_missing(name: str, versions: dict[str, str | None]) -> None:
+    versions["torch"] = versions["onnx-ir"] = None
+    error = explained(ModuleNotFoundError(name=name), "convert")
+    assert error is not None
+    assert error.what == "calque convert needs torch, onnx-ir, which are not installed"
+    assert error.fix == doctor.INSTALL_CONVERT
+
+
+def test_an_import_that_fails_is_named_where_its_package_is_installed() -> None:
+    error = explained(ModuleNotFoundError(name="torch"), "convert")
+    assert error is not None
+    assert error.what == "calque convert needs torch, which is not installed"
+
+
+def test_the_readme_installs_as_the_advice_says() -> None:
+    readme = (Path(doctor.PYPROJECT).parent / "README.md").read_text(encoding="utf-8")
+    assert doctor.INSTALL_CONVERT.partition(": ")[2] in readme
 
 
 def test_what_every_command_needs_must_be_there(versions: dict[str, str | None]) -> None:

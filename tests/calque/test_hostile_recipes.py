@@ -97,6 +97,32 @@ def test_a_bad_recipe_ends_in_exit_2_with_its_line_before_any_work(
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
+def test_faults_of_schema_and_names_come_at_once_in_the_order_of_their_lines(tmp_path: Path, capsys: Output) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "modle: x\ntarget: onnxruntim\nprecision: int3\npasses: [cache_dynamc]\ntask: text-genration\n"
+        "parity: {scenarios: [raged-left]}\nmatrix: {model: [a/same, b/same]}\n"
+    )
+    assert cli.main(["convert", "--recipe", str(path), "--threads", "5000"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("RecipeError: 8 problems in ")
+    found = [line.strip().split(":")[:2] for line in lines[1:8]]
+    keys = ("modle", "target", "precision", "passes[0]", "task", "parity.scenarios[0]", "matrix")
+    assert found == [[f"line {number}", f" {key}"] for number, key in enumerate(keys, 1)]
+    assert lines[8].startswith("  threads: input should be")
+
+
+@pytest.mark.parametrize("fault", ["target: [x]", "matrix: {target: [Not_A_Name]}", "matrix: {target: [onnxruntime], precison: [fp32]}"])
+def test_names_are_looked_up_where_the_target_itself_is_at_fault(fault: str, tmp_path: Path, capsys: Output) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{fault}\nmodel: m\nparity: {{scenarios: [raged-left]}}\n")
+    assert cli.main(["convert", "--recipe", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert "line 1: " in err
+    assert "line 3: parity.scenarios[0]: no model has a scenario `raged-left`" in err
+    assert "there is no target" not in err, "the name that stands in for the faulty one is nobody's"
+
+
 @pytest.mark.parametrize("flags", [["--plan"], ["--resume"], ["--json"], ["--force"]])
 def test_a_bad_name_is_refused_whatever_is_asked_for(flags: list[str], tmp_path: Path, capsys: Output) -> None:
     path = tmp_path / "recipe.yaml"
@@ -119,6 +145,17 @@ def test_a_file_that_cannot_be_read_is_named(name: str, capsys: Output) -> None:
     err = capsys.readouterr().err
     assert "cannot be read" in err
     assert "Fix: " in err
+
+
+def test_a_model_after_the_recipe_is_told_where_it_must_stand(tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_bytes(GIVEN)
+    Path("llama").mkdir()
+    for name, reason in (("llama", "Is a directory"), ("org/name", "No such file or directory")):
+        assert cli.main(["convert", "--recipe", "recipe.yaml", name]) == 2
+        err = capsys.readouterr().err
+        assert f"{name} cannot be read: {reason}" in err
+        assert "a MODEL must stand before" in err
 
 
 def test_the_largest_recipe_is_read(tmp_path: Path) -> None:

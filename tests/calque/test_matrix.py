@@ -135,6 +135,7 @@ def test_every_output_in_the_way_is_named_before_any_work(tmp_path: Path) -> Non
     assert [line for line in caught.value.where if "exists already" in line] == list(caught.value.where)
     assert len(caught.value.where) == 2
     assert "--resume" in caught.value.fix
+    assert "remove this one yourself" in caught.value.fix, "--resume and --force help against the other alone"
     with pytest.raises(UsageError) as caught:
         check_parent(tmp_path, NAMES, replace=True)
     assert [NAMES[1] in line for line in caught.value.where] == [True]

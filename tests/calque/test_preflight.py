@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from calque import passes, preflight
+from calque.console import size
 from calque.errors import WontFit
 from calque.passes.cache_dynamic import CacheDynamic
 from calque.passes.transpose_linear import TransposeLinear
@@ -28,17 +29,17 @@ def elements_of(name: str) -> int:
 
 
 def test_disk_that_is_large_enough_is_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = elements_of("llama") * 4 + preflight.COMPANION_BYTES
+    needed = elements_of("llama") * 4 + preflight.companion_bytes(source_of("llama"))
     monkeypatch.setattr(shutil, "disk_usage", disk_with(needed))
     preflight.require_disk(source_of("llama"), tmp_path)
 
 
 def test_disk_that_is_too_small_is_refused_with_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", disk_with(1_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", disk_with(10_000))
     with pytest.raises(WontFit) as caught:
         preflight.require_disk(source_of("llama"), tmp_path)
-    needed = (elements_of("llama") * 4 + preflight.COMPANION_BYTES) / 1e9
-    assert f"needs {needed:.2f} GB on disk, 0.00 GB are free where the output goes" in str(caught.value)
+    needed = elements_of("llama") * 4 + preflight.companion_bytes(source_of("llama"))
+    assert f"needs {size(needed)} on disk, 10 kB are free where the output goes" in str(caught.value)
     assert caught.value.exit_code == 6
 
 
@@ -77,7 +78,8 @@ def test_decoding_is_bounded_by_reading_every_weight_once_a_token() -> None:
 
 
 def test_memory_for_converting_does_not_hold_the_model() -> None:
-    sizes = preflight.sizes(traced("llama"))
-    memory = sizes["peak_memory_bytes"]
-    assert memory["convert"] > preflight.TOOLS_BYTES
-    assert memory["prove"] == preflight.TOOLS_BYTES + 2 * sizes["weights_bytes"]
+    model = traced("llama")
+    sizes = preflight.sizes(model)
+    memory, tools = sizes["peak_memory_bytes"], preflight.TOOLS_BYTES + preflight.NODE_BYTES * len(model.graph.nodes)
+    assert tools < memory["convert"] < tools + sizes["weights_bytes"]
+    assert memory["prove"] == tools + preflight.RUNTIME_BYTES + 2 * sizes["weights_bytes"]

@@ -88,6 +88,17 @@ def test_a_recipe_is_frozen() -> None:
         recipe.model = "other"
 
 
+def test_a_recipe_made_in_python_is_refused_with_every_problem_in_the_same_words() -> None:
+    settings: dict[str, Any] = {"modle": "m", "target": "t", "precision": "int3"}
+    with pytest.raises(RecipeError, match="3 problems in the recipe") as caught:
+        Recipe(**settings)
+    assert caught.value.where == (
+        "precision: must be fp32, fp16, bf16, int8, int8-static, int4 or fp8; found 'int3'; did you mean `int8`?",
+        "modle: is not a key of a recipe; did you mean `model`?",
+        "model: is missing, and there is no default",
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -207,6 +207,8 @@ def test_folder_wins_over_a_hub_id_of_the_same_name(model: Path, tmp_path: Path,
         ('{"model_type": "lama"}', "does not know model_type 'lama'; nearest: llama"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "no usable llama model"),
         ('{"model_type": "llama", "num_attention_heads": 0}', "no usable llama model"),
+        ('{"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 3}', "describes no llama model"),
+        ('{"model_type": "gpt2", "n_layer": 100000}', "describes no gpt2 model"),
     ],
 )
 def test_config_is_refused_when_it_describes_no_model(model: Path, tmp_path: Path, content: str, said: str) -> None:

@@ -120,8 +120,9 @@ def test_an_existing_folder_needs_force_and_nothing_is_touched(tmp_path: Path) -
     assert names(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("force", [True, False])
 @pytest.mark.parametrize("kind", ["file", "empty folder", "other folder", "other manifest", "broken manifest"])
-def test_force_replaces_nothing_but_artifacts(tmp_path: Path, kind: str) -> None:
+def test_what_is_no_artifact_is_never_replaced_and_no_flag_is_said_to_help(tmp_path: Path, kind: str, force: bool) -> None:
     out = tmp_path / "out"
     if kind == "file":
         out.write_text("precious")
@@ -132,10 +133,21 @@ def test_force_replaces_nothing_but_artifacts(tmp_path: Path, kind: str) -> None
     if kind.endswith("manifest"):
         (out / "manifest.json").write_text('{"name": "a web app"}' if kind == "other manifest" else "{")
     before = out.stat()
-    with pytest.raises(UsageError, match="is not an artifact"), staging(out, force=True):
+    with pytest.raises(UsageError, match="is not an artifact") as caught, staging(out, force):
         pytest.fail("the block must not run")
+    assert "--" not in str(caught.value)
     assert out.stat().st_ino == before.st_ino
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_an_artifact_that_holds_files_of_others_is_never_replaced(tmp_path: Path, force: bool) -> None:
+    write_artifact(tmp_path / "out", "old")
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(UsageError, match="holds files that are not the artifact's") as caught:
+        check_output(tmp_path / "out", force)
+    assert caught.value.where == ("precious",)
+    assert "--" not in str(caught.value)
 
 
 def test_the_root_folder_is_no_output() -> None:

@@ -51,3 +51,20 @@ def test_unknown_task_is_bad_usage_and_known_one_without_converter_unsupported()
         tasks.find("fil-mask")
     with pytest.raises(Unsupported, match="object-detection"):
         tasks.find("object-detection")
+
+
+@pytest.mark.parametrize(
+    ("task", "architecture", "fits"),
+    [
+        ("text-classification", "BertForSequenceClassification", True),
+        ("token-classification", "BertForSequenceClassification", False),
+        ("question-answering", "BertForTokenClassification", False),
+        ("fill-mask", "BertModel", False),
+        ("fill-mask", "BertForPreTraining", True),
+        ("feature-extraction", "BertForSequenceClassification", True),
+        ("text-generation", "LlamaForCausalLM", True),
+        ("text-classification", "LlamaForCausalLM", False),
+    ],
+)
+def test_checkpoint_is_read_for_the_head_it_was_saved_with_and_for_features(task: str, architecture: str, fits: bool) -> None:
+    assert tasks.find(task).reads([architecture]) is fits

@@ -81,10 +81,16 @@ def test_features_of_a_checkpoint_with_another_head_leave_the_pooler_out(tmp_pat
 
 
 def test_head_that_the_checkpoint_lacks_is_refused(tmp_path: Path) -> None:
-    model = save_encoder(tmp_path / "model", "bert", "fill-mask", architectures=["BertForMaskedLM"])
-    with pytest.raises(WeightMismatch, match="classifier"):
-        converted(model, tmp_path / "out", task="text-classification")
+    model = save_encoder(tmp_path / "model", "bert", "feature-extraction", architectures=["BertForPreTraining"])
+    with pytest.raises(WeightMismatch, match=r"cls\.predictions"):
+        converted(model, tmp_path / "out", task="fill-mask")
     assert not (tmp_path / "out").exists()
+
+
+def test_head_of_another_task_is_refused_though_its_names_fit(tmp_path: Path) -> None:
+    model = save_encoder(tmp_path / "model", "bert", "text-classification", architectures=["BertForSequenceClassification"])
+    with pytest.raises(Unsupported, match=r"BertForSequenceClassification.* is no model for token-classification"):
+        converted(model, tmp_path / "out", task="token-classification")
 
 
 def test_layer_that_the_config_does_not_know_is_no_other_head(tmp_path: Path) -> None:

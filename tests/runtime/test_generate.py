@@ -130,6 +130,27 @@ def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> Non
     assert end_tokens(tmp_path) == {1, 2}
 
 
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        (None, None),
+        ({}, None),
+        ({"max_position_embeddings": 4}, 4),
+        ({"max_position_embeddings": 4, "text_config": {"max_position_embeddings": 5}}, 5),
+        ({"max_position_embeddings": "4"}, None),
+    ],
+)
+def test_the_trained_length_is_that_of_the_config_and_no_limit(
+    tmp_path: Path, config: dict[str, object] | None, length: int | None
+) -> None:
+    write_counting(tmp_path)
+    if config is not None:
+        write_json(tmp_path / "config.json", config)
+    found = generate(tmp_path, "one two three four", 2)
+    assert found["trained_length"] == length
+    assert found["text"] == "five six"
+
+
 def test_bad_requests_are_refused(tmp_path: Path) -> None:
     write_counting(tmp_path)
     with pytest.raises(UsageError, match="max_new_tokens is 0"):

@@ -1,0 +1,65 @@
+"""The programs in docs/artifact.md, run as they are written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from calque.artifact import Artifact
+from calque.pipeline import convert
+from calque.recipe import Parity, Recipe
+from tests.tiny_encoders import VOCABULARY, save_encoder, save_pooling
+from tests.tiny_models import TINY, save_random
+
+PAGE = Path(__file__).parents[2] / "docs" / "artifact.md"
+GENERATOR, ENCODER = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def converted(model: Path, out: Path) -> Artifact:
+    return convert(Recipe(model=str(model), target="onnxruntime", parity=Parity(scenarios=("single-prompt",))), out)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both artifacts under the names that the page gives them; the sentence encoder does not normalize."""
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "llama").mkdir()
+    save_random(TINY["llama"], folder / "llama")
+    converted(folder / "llama", folder / "quill")
+    model = save_pooling(save_encoder(folder / "bert", "bert"), "Pooling", pooling_mode="mean")
+    words = ["[PAD]", "[UNK]", *"a cat sat on the mat it rains".split()]  # noqa: SIM905
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.enable_truncation(4)  # as released tokenizers do, shorter than the model could
+    tokenizer.save(str(model / "tokenizer.json"))
+    assert len(words) < VOCABULARY
+    converted(model, folder / "minilm")
+    return folder
+
+
+def run(program: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    monkeypatch.chdir(place)
+    names: dict[str, np.ndarray] = {}
+    exec(compile(program, str(PAGE), "exec"), names)
+    return names
+
+
+def test_the_program_of_a_generator_gives_logits_and_states(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = run(GENERATOR, place, monkeypatch)["outputs"]
+    assert outputs["logits"].shape[:2] == (2, 3)
+    assert outputs["present.0.key"].shape[2] == 3
+
+
+@pytest.mark.parametrize("text", ["it rains", "it rains " * 300], ids=["short", "longer than the model"])
+def test_the_program_of_an_encoder_gives_unit_vectors_of_whole_texts(text: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = Artifact.read(place / "minilm").limits.max_length
+    assert longest == 64
+    found = run(ENCODER.replace('"it rains"', repr(text)), place, monkeypatch)
+    np.testing.assert_allclose(np.linalg.norm(found["embeddings"], axis=1), 1, rtol=1e-6)
+    assert found["feed"]["input_ids"].shape == (2, min(longest, max(6, len(text.split()))))
