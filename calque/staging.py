@@ -18,7 +18,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from calque.artifact import MANIFEST, REPORT, unlisted_files
@@ -26,6 +26,7 @@ from calque.errors import CalqueError, ParityFailed, UsageError, WontFit
 from calque.interrupts import raise_if_interrupted, terminations_as_interrupts
 
 # Linux, <linux/fs.h> and <fcntl.h>.
+_RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -33,7 +34,7 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _TOO_LARGE = {errno.EFBIG}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _IN_THE_WAY = {errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY, errno.ENAMETOOLONG, errno.ENOLCK}
-_CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+_CANNOT_FLAG = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 
 
 @contextlib.contextmanager
@@ -57,17 +58,15 @@ def staging(out: Path, force: bool = False) -> Iterator[Path]:
         try:
             yield folder
             raise_if_interrupted()
-            check_output(out, force)  # what came there meanwhile is someone else's
         except ParityFailed:
-            _check_rejected(rejected_folder(out))
             # An older rejected folder is worth nothing: named like a leftover, it is removed as one.
-            _publish(folder, made, rejected_folder(out), aside=_sibling(out, "staging"))
+            _publish(folder, made, rejected_folder(out), aside=_sibling(out, "staging"), check=_check_rejected)
             raise
         except Exception:
             _require_own(folder, made)
             raise
         else:
-            _publish(folder, made, out, aside=_sibling(out, "previous"))
+            _publish(folder, made, out, aside=_sibling(out, "previous"), check=lambda there: check_output(there, force))
             _drop_rejected(rejected_folder(out))
         finally:
             # Published: the path is free, or holds what was exchanged for the new folder.
@@ -233,26 +232,53 @@ def _clear_leftovers(out: Path) -> None:
             _remove(path)
 
 
-def _publish(folder: Path, made: int, destination: Path, aside: Path) -> None:
-    """Give ``folder`` the name ``destination``, all at once and on disk; what was there is then at ``folder``, or gone."""
+def _publish(folder: Path, made: int, destination: Path, aside: Path, check: Callable[[Path], None]) -> None:
+    """Give ``folder`` the name ``destination``, all at once and on disk; what was there is then at ``folder``, or gone.
+
+    ``check``: raises unless what lies at a path may be replaced. Asked after the files were synced, which takes seconds,
+    and of what was got in exchange: what came there at the last moment is someone else's and goes back.
+    """
     _require_own(folder, made)
     _sync(folder)
-    if not destination.is_dir():
-        folder.rename(destination)
+    check(destination)
+    if not os.path.lexists(destination):
+        _rename_to_nothing(folder, destination, check)
     elif not _exchange(folder, destination):
         _rename_twice(folder, destination, aside)
+    else:
+        try:
+            check(folder)
+        except UsageError:
+            _exchange(folder, destination)
+            check(destination)  # the same refusal, with the name that the user knows
+            raise
     _sync_one(destination.parent)
+
+
+def _rename_to_nothing(folder: Path, destination: Path, check: Callable[[Path], None]) -> None:
+    """Give ``folder`` a name that nothing has; where the system cannot promise that, a moment is left to others."""
+    try:
+        if not _rename(folder, destination, _RENAME_NOREPLACE):
+            folder.rename(destination)
+    except FileExistsError:
+        check(destination)
+        raise
 
 
 def _exchange(first: Path, second: Path) -> bool:
     """Return whether two names were exchanged in one step; False where the system or the filesystem cannot."""
+    return _rename(first, second, _RENAME_EXCHANGE)
+
+
+def _rename(first: Path, second: Path, flag: int) -> bool:
+    """Return whether ``first`` was renamed to ``second`` as the flag says; False where the system or the filesystem cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
-    if rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+    if rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), flag) == 0:
         return True
     code = ctypes.get_errno()
-    if code in _CANNOT_EXCHANGE:
+    if code in _CANNOT_FLAG:
         return False
     raise OSError(code, os.strerror(code), str(second))
 
