@@ -214,6 +214,9 @@ def _located(path: Path, header: Mapping[str, Any], data: int, size: int) -> dic
         position = max(position, end)
     if position < size and not problems:
         problems.append(f"the last {size - position} bytes belong to no tensor")
+    if len(cut := [line for line in problems if "; the file has " in line]) == len(problems) > 1:
+        # A download that broke off: how far it came says more than each tensor that is missing.
+        problems = [f"its tensors take {position} bytes, the file has {size}: {len(cut)} of {len(tensors)} are cut off"]
     if problems:
         raise SourceUnreadable("has a header that does not fit the file", problems, AGAIN_FIX)
     return tensors

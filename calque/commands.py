@@ -44,7 +44,7 @@ def _generate(args: argparse.Namespace) -> int:
     from calque.runtime.generate import generate
 
     result = generate(args.folder, args.prompt, args.max_new_tokens, chat=args.chat, threads=args.threads)
-    if note := _too_long(result):
+    for note in filter(None, (_too_long(result), _stopped(result, args.max_new_tokens))):
         print(note, file=sys.stderr)
     if args.json:
         print_json(result)
@@ -66,6 +66,14 @@ def _too_long(result: Mapping[str, Any]) -> str:
         return ""
     long = f"the prompt is {prompt} tokens" if prompt > trained else f"prompt and answer are {prompt + new} tokens"
     return f"note: {long}, longer than the {trained} the model was trained for"
+
+
+def _stopped(result: Mapping[str, Any], asked: int) -> str:
+    """Return what to say where the artifact's own limit ended the answer; nothing where it did not."""
+    limit, new = result["max_length"], len(result["tokens"])
+    if limit is None or new >= asked or result["prompt_tokens"] + new <= limit:
+        return ""
+    return f"note: stopped after {new} tokens, at the artifact's max_length of {limit}"
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -79,7 +79,10 @@ def emit(recipe: Recipe, target: Target, source: ModelSource, folder: Path, stag
     with stages("passes"):
         done = passes.run_all(plan_of(recipe, target, source), model)
         if problems := target.problems(model):
-            raise Unsupported(f"{target.name} cannot express {source.id}", [str(problem) for problem in problems])
+            fixes = "; ".join(dict.fromkeys(problem.fix for problem in problems))
+            raise Unsupported(f"{target.name} cannot express {source.id}", [str(problem) for problem in problems], fixes)
+        # A scenario that this model has not is said before its weights are written.
+        scenarios_of(recipe, source, bounded(recipe, model.limits), model.states)
     with stages("lower"):
         lowered = target.lower(model)
     with stages("emit"):
@@ -181,14 +184,15 @@ def bounded(recipe: Recipe, limits: Limits) -> Limits:
     return replace(limits, max_length=min(lengths, default=None))
 
 
-def resolve(recipe: Recipe, scratch: Path) -> ModelSource:
-    """Return the source the recipe names; its headers are read, its tensors are not."""
+def resolve(recipe: Recipe, scratch: Path, values: bool = True) -> ModelSource:
+    """Return the source the recipe names; its headers are read, its tensors are not, nor drawn if they are random, without ``values``."""
     return ModelSource.resolve(
         recipe.model,
         task=recipe.task,
         random_weights=recipe.random_weights,
         trust_remote_code=recipe.trust_remote_code,
         scratch=scratch,
+        values=values,
     )
 
 
@@ -321,7 +325,7 @@ def plan(recipe: Recipe, progress: Callable[[str], None] = silent) -> dict[str, 
     stages = Stages(progress)
     with TemporaryDirectory(prefix="calque-plan-") as scratch:
         with stages("source"):
-            source = resolve(recipe, Path(scratch))
+            source = resolve(recipe, Path(scratch), values=False)
             preflight.require_tensors(source)
         with stages("trace"):
             model = trace(recipe, source)

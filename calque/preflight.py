@@ -47,11 +47,7 @@ def require_sizes(config: PreTrainedConfig, path: Path) -> None:
     Raises:
         SourceUnreadable: every size that cannot be.
     """
-    text = config.get_text_config(decoder=True)  # one of several, where a model has them
-    # Not by getattr: a size that differs between layers refuses to be read for all of them.
-    table = text.to_dict()
-    sizes = {name: table.get(text.attribute_map.get(name, name)) for name in POSITIVE}
-    found = {name: size for name, size in sizes.items() if isinstance(size, int)}
+    found = _sizes(config)
     wrong = [f"{name}: {size}  must be at least 1" for name, size in found.items() if size < 1]
     heads, groups = found.get("num_attention_heads", 1), found.get("num_key_value_heads", 1)
     if not wrong and heads % groups:
@@ -60,6 +56,15 @@ def require_sizes(config: PreTrainedConfig, path: Path) -> None:
         wrong.append(f"num_hidden_layers: {layers}  no model has more than {MOST_LAYERS}")
     if wrong:
         raise SourceUnreadable(f"{path} describes no {config.model_type} model", wrong, "check it against the model's documentation")
+
+
+def _sizes(config: PreTrainedConfig) -> dict[str, int]:
+    """Return the sizes that a config states in one number."""
+    text = config.get_text_config(decoder=True)  # one of several, where a model has them
+    # Not by getattr: a size that differs between layers refuses to be read for all of them.
+    table = text.to_dict()
+    sizes = {name: table.get(text.attribute_map.get(name, name)) for name in POSITIVE}
+    return {name: size for name, size in sizes.items() if isinstance(size, int)}
 
 
 def require_disk(source: ModelSource, folder: Path) -> None:
@@ -83,17 +88,23 @@ def companion_bytes(source: ModelSource) -> int:
 
 
 def require_tensors(source: ModelSource) -> None:
-    """Leave quietly if the checkpoint can hold as many layers as the config promises; building more would take forever.
+    """Leave quietly if the checkpoint can hold the layers and sizes that the config promises; building more would take forever.
 
     Raises:
-        WeightMismatch: how many layers, and how many tensors.
+        WeightMismatch: what the config promises, and what the checkpoint holds.
     """
-    layers = getattr(source.config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > len(source.tensors):
-        raise WeightMismatch(
-            f"config.json of {source.id} promises {layers} layers, and the checkpoint holds {len(source.tensors)} tensors in all",
-            fix="check that config.json and the weights belong together, and that every shard is there",
-        )
+    found = _sizes(source.config)
+    longest = max((max(stored.shape, default=0) for stored in source.tensors.values()), default=0)
+    wrong = [
+        f"{name}: {found[name]}  no tensor has an axis longer than {longest}"
+        for name in ("vocab_size", "hidden_size")
+        if found.get(name, 0) > longest
+    ]
+    if (layers := found.get("num_hidden_layers", 0)) > len(source.tensors):
+        wrong.append(f"num_hidden_layers: {layers}  there are {len(source.tensors)} tensors in all")
+    if wrong:
+        fix = "check that config.json and the weights belong together, and that every shard is there"
+        raise WeightMismatch(f"config.json of {source.id} promises what the checkpoint cannot hold", wrong, fix)
 
 
 def sizes(model: TracedModel, beside: int = 0) -> dict[str, Any]:

@@ -49,8 +49,11 @@ def write_random_weights(
     *,
     task: Task = CAUSAL,
     trust_remote_code: bool = False,
+    values: bool = True,
 ) -> Path:
     """``folder/model.safetensors`` holds random values for every parameter of the config's model of ``task``; return its path.
+
+    Without ``values`` it holds zeros that take no room on disk: enough to read names, shapes and dtypes.
 
     Each tensor is drawn from a generator seeded by ``(seed, name)`` and written in pieces: memory stays bounded by one
     piece whatever the model's size, and the bytes are the same on each run. Names are the module's own (tied ones once,
@@ -70,14 +73,17 @@ def write_random_weights(
     model = _outline(config, seed, task, trust_remote_code)
     tensors = _tensors(model)
     _require_elements(tensors)
-    _require_room(tensors, folder)
+    if values:
+        _require_room(tensors, folder)
     # Larger elements first, as safetensors' own writer does, keeps every tensor aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     path = folder / "model.safetensors"
     partial = folder / "model.safetensors.partial"
     with partial.open("wb") as file:
         file.write(_header({name: tensors[name] for name in order}))
-        for name in order:
+        if not values:
+            file.truncate(file.tell() + sum(tensor.nbytes for tensor in tensors.values()))
+        for name in order if values else ():
             for piece in _draw(_Law.of(model, name, tensors[name]), name, seed):
                 _write(file, piece)
     # In one step: who has mapped an earlier file keeps its bytes, and an interrupted run leaves none that looks whole.

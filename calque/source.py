@@ -49,7 +49,14 @@ class ModelSource:
 
     @classmethod
     def resolve(
-        cls, model: str, *, task: str | None = None, random_weights: bool = False, trust_remote_code: bool = False, scratch: Path
+        cls,
+        model: str,
+        *,
+        task: str | None = None,
+        random_weights: bool = False,
+        trust_remote_code: bool = False,
+        scratch: Path,
+        values: bool = True,
     ) -> ModelSource:
         """Return the source that ``model`` names; its config is valid and the headers of its weights have been read.
 
@@ -59,6 +66,7 @@ class ModelSource:
             random_weights: Use seeded random weights, written to ``scratch``, whatever weights the model has.
             trust_remote_code: Run the modeling code that comes with the model, where it needs some.
             scratch: A folder that random weights, and the files that belong to them, are written to.
+            values: Whether random weights are drawn; without, they have names and shapes and take no room.
 
         Raises:
             SourceUnreadable: what is missing or malformed, where, and what to do.
@@ -72,7 +80,7 @@ class ModelSource:
         meant = tasks.find(task) if task else tasks.infer(config, pooled=(folder / sentence.MODULES).is_file())
         _check_task(config, meant, place.id, trust_remote_code)
         if random_weights:
-            folder = _randomized(place.folder, config, meant, scratch, trust_remote_code)
+            folder = _randomized(place.folder, config, meant, scratch, trust_remote_code, values)
         elif place.revision is not None:
             hub.fetch_weights(place.id, place.revision, folder)
         with _explained(model):
@@ -302,8 +310,14 @@ def _check_task(config: PreTrainedConfig, task: Task, origin: str, trust_remote_
     if not task.fits(config) or (named and not own_code and not task.reads(named)):
         raise Unsupported(
             f"{origin} ({config.model_type}: {', '.join(sorted(named)) or 'no architecture'}) is no model for {task.name}",
-            fix=f"leave the task out, so that the config says it, or name another: {', '.join(tasks.TASKS)}",
+            fix=_other_tasks(config, named),
         )
+
+
+def _other_tasks(config: PreTrainedConfig, named: Sequence[str] | set[str]) -> str:
+    """Return which tasks the checkpoint can be converted for instead."""
+    fitting = [task.name for task in tasks.TASKS.values() if task.fits(config) and (not named or task.reads(named))]
+    return f"name one that it was saved for: {', '.join(fitting)}" if fitting else f"tasks today: {', '.join(tasks.TASKS)}"
 
 
 def _known(task: Task) -> Any:
@@ -312,7 +326,7 @@ def _known(task: Task) -> Any:
     return getattr(transformers, task.auto_class)._model_mapping
 
 
-def _randomized(folder: Path, config: PreTrainedConfig, task: Task, scratch: Path, trust_remote_code: bool) -> Path:
+def _randomized(folder: Path, config: PreTrainedConfig, task: Task, scratch: Path, trust_remote_code: bool, values: bool) -> Path:
     """Return ``scratch``, holding the model's files with random weights in place of its own."""
     from calque.random_weights import write_random_weights
 
@@ -328,5 +342,5 @@ def _randomized(folder: Path, config: PreTrainedConfig, task: Task, scratch: Pat
     # Random weights are plain: a loader told otherwise would look for packed ones.
     table.pop("quantization_config", None)
     (scratch / CONFIG).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    write_random_weights(config, scratch, task=task, trust_remote_code=trust_remote_code)
+    write_random_weights(config, scratch, task=task, trust_remote_code=trust_remote_code, values=values)
     return scratch

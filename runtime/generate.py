@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def generate(folder: Path | str, prompt: str, max_new_tokens: int, chat: bool = False, threads: int = 0) -> dict[str, Any]:
-    """Return the greedy continuation and its speed: ``text tokens prompt_tokens trained_length ttft_ms tokens_per_s``.
+    """Return the greedy continuation and its speed: ``text tokens prompt_tokens trained_length max_length ttft_ms tokens_per_s``.
 
     It ends at an end token, after ``max_new_tokens``, or at the artifact's ``max_length``. ``trained_length`` is how many
     tokens the model was trained for, None if its config does not say: past it a rotary model goes on, but not as well.
@@ -61,6 +61,7 @@ def generate(folder: Path | str, prompt: str, max_new_tokens: int, chat: bool = 
         "tokens": new,
         "prompt_tokens": len(ids),
         "trained_length": trained_length(folder),
+        "max_length": artifact.limits.max_length,
         "ttft_ms": round((times[1] - times[0]) * 1000, 3) if new else None,
         "tokens_per_s": round(steps / (times[-1] - times[1]), 2) if steps > 0 else None,
     }

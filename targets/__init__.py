@@ -42,7 +42,7 @@ class Problem:
     def __str__(self) -> str:
         """Return the problem as one line."""
         where = " ".join(part for part in (self.module, self.source) if part)
-        return f"{self.node}: {self.why} ({where}); {self.fix}"
+        return f"{self.node}: {self.why} ({where})"
 
 
 @dataclass(frozen=True)

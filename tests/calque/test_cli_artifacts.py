@@ -43,6 +43,7 @@ def test_generate_prints_the_text_alone_on_stdout(monkeypatch: pytest.MonkeyPatc
         "trained_length": None,
         "ttft_ms": 5.6,
         "tokens_per_s": speed,
+        "max_length": None,
     }
     monkeypatch.setattr("calque.runtime.generate.generate", lambda folder, prompt, count, chat, threads: result)
     assert cli.main(["generate", "folder", "-p", "text"]) == 0
@@ -65,12 +66,30 @@ def test_generate_prints_the_text_alone_on_stdout(monkeypatch: pytest.MonkeyPatc
 def test_generate_notes_what_is_longer_than_the_model_was_trained_for(
     monkeypatch: pytest.MonkeyPatch, capsys: Output, prompt: int, trained: int | None, note: str | None
 ) -> None:
-    result = {"text": "x", "tokens": [1, 2, 3], "prompt_tokens": prompt, "trained_length": trained, "ttft_ms": 5.6, "tokens_per_s": None}
+    result = {
+        "text": "x",
+        "tokens": [1, 2, 3],
+        "prompt_tokens": prompt,
+        "trained_length": trained,
+        "max_length": None,
+        "ttft_ms": 5.6,
+        "tokens_per_s": None,
+    }
     monkeypatch.setattr("calque.runtime.generate.generate", lambda *_, **__: result)
     assert cli.main(["generate", "folder", "-p", "text", "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == result
     assert err.splitlines() == ([note] if note else [])
+
+
+@pytest.mark.parametrize(("asked", "note"), [(16, "note: stopped after 3 tokens, at the artifact's max_length of 8"), (3, None)])
+def test_generate_notes_that_the_artifacts_limit_ended_the_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: Output, asked: int, note: str | None
+) -> None:
+    result = {"text": "x", "tokens": [1, 2, 3], "prompt_tokens": 6, "trained_length": None, "max_length": 8, "ttft_ms": 5.6}
+    monkeypatch.setattr("calque.runtime.generate.generate", lambda *_, **__: result)
+    assert cli.main(["generate", "folder", "-p", "text", "--json", "--max-new-tokens", str(asked)]) == 0
+    assert capsys.readouterr().err.splitlines() == ([note] if note else [])
 
 
 @pytest.mark.parametrize("command", [["report"], ["generate", "-p", "x"], ["validate"], ["inspect"]], ids=lambda command: command[0])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -23,6 +24,7 @@ from calque.passes.cache_dynamic import CacheDynamic
 from calque.recipe import Recipe
 from calque.runtime.onnxruntime_session import OnnxRuntimeSession
 from calque.staging import staging
+from calque.targets import Problem
 from calque.targets.onnxruntime import OnnxRuntime
 from calque.traced import TracedModel, user_nodes
 from calque.weights import WeightTable
@@ -195,10 +197,13 @@ def test_required_check_that_did_not_run_is_a_missing_device() -> None:
 
 
 def test_problems_of_the_target_are_reported_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OnnxRuntime, "problems", lambda self, model: ["one", "two"])
+    monkeypatch.setattr(
+        OnnxRuntime, "problems", lambda self, model: [Problem(name, "", "", "is odd", "leave it out") for name in ("one", "two")]
+    )
     with pytest.raises(Unsupported) as caught:
         pipeline.convert(recipe(), tmp_path / "out")
-    assert caught.value.where == ("one", "two")
+    assert caught.value.where == ("one: is odd ()", "two: is odd ()")
+    assert caught.value.fix == "leave it out"
     assert names(tmp_path) == []
 
 
@@ -278,3 +283,23 @@ def test_logits_cut_twice_are_refused() -> None:
 def test_value_that_an_option_cannot_take_is_refused() -> None:
     with pytest.raises(RecipeError, match="pass keep_last_logits cannot take these options"):
         pipeline.open_target(recipe(passes=["cache_dynamic", {"keep_last_logits": {"keep": "banana"}}]))
+
+
+def test_plan_of_random_weights_draws_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    wide = {"hidden_size": 8192, "intermediate_size": 32768, "num_attention_heads": 64, "num_key_value_heads": 64}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({"model_type": "llama", "num_hidden_layers": 8, "vocab_size": 32000, **wide})
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))  # none of them would fit
+    plan = pipeline.plan(Recipe(model=str(tmp_path / "model"), target="onnxruntime", random_weights=True))
+    assert plan["weights_bytes"] > 30e9
+    assert names(tmp_path) == ["model"]
+
+
+def test_scenario_that_the_model_lacks_is_said_before_weights_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnnxRuntime, "emit", lambda *_: pytest.fail("weights are being written"))
+    asked = recipe(parity={"scenarios": ["past-window-512-left"]})
+    with pytest.raises(UsageError, match="past-window-512-left"):
+        pipeline.convert(asked, tmp_path / "out")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from calque import passes, preflight
 from calque.console import size
-from calque.errors import WontFit
+from calque.errors import WeightMismatch, WontFit
 from calque.passes.cache_dynamic import CacheDynamic
 from calque.passes.transpose_linear import TransposeLinear
 from tests.tiny_models import source_of, traced
@@ -83,3 +84,12 @@ def test_memory_for_converting_does_not_hold_the_model() -> None:
     memory, tools = sizes["peak_memory_bytes"], preflight.TOOLS_BYTES + preflight.NODE_BYTES * len(model.graph.nodes)
     assert tools < memory["convert"] < tools + sizes["weights_bytes"]
     assert memory["prove"] == tools + preflight.RUNTIME_BYTES + 2 * sizes["weights_bytes"]
+
+
+@pytest.mark.parametrize(("size", "promised"), [("hidden_size", 10**6), ("vocab_size", 10**6), ("num_hidden_layers", 1000)])
+def test_sizes_that_no_tensor_of_the_checkpoint_has_are_refused_before_anything_is_built(size: str, promised: int) -> None:
+    source = source_of("llama")
+    config = type(source.config).from_dict({**source.config.to_dict(), size: promised})
+    with pytest.raises(WeightMismatch) as caught:
+        preflight.require_tensors(replace(source, config=config))
+    assert [line.split("  ")[0] for line in caught.value.where] == [f"{size}: {promised}"]

@@ -108,7 +108,8 @@ def test_operator_without_a_translation_is_a_problem_with_module_and_source_line
     assert Path(__file__).name in problem.source
     assert "line " in problem.source
     assert problem.why == "calque.cache_update.default has no ONNX translation"
-    assert str(problem) == f"cache_update: {problem.why} (inner {problem.source}); add the pass cache_dynamic, which settles states"
+    assert str(problem) == f"cache_update: {problem.why} (inner {problem.source})"
+    assert problem.fix == "add the pass cache_dynamic, which settles states"
 
 
 def test_every_unsettled_state_is_a_problem_and_none_is_left_by_a_cache_pass() -> None:
