@@ -165,7 +165,7 @@ NESTED = "[" * 100_000
 MODELS: dict[str, tuple[Maker, int, str]] = {
     "config: negative size": (_config({"hidden_size": -64}), 7, ""),
     "config: no heads": (_config({"num_attention_heads": 0}), 7, ""),
-    "config: vocabulary of 10^15": (_config({"vocab_size": 10**15}), 6, ""),
+    "config: vocabulary of 10^15": (_config({"vocab_size": 10**15}), 7, r"vocab_size: 1000000000000000  no tensor"),
     "config: 10^9 layers": (_config({"num_hidden_layers": 10**9}), 7, r"num_hidden_layers: 1000000000"),
     "config: size beyond int64": (_config({"hidden_size": 10**30}), 7, ""),
     "config: NaN for an epsilon": (_config({"rms_norm_eps": float("nan")}), 7, ""),
