@@ -32,11 +32,11 @@ def write(shape: Shape, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(SEED)
 
-    def draw(dims: tuple[int, ...]) -> torch.Tensor:
-        values = torch.ones(dims) if len(dims) == 1 else torch.randn(dims, generator=generator) * shape.deviation
+    def draw(name: str, dims: tuple[int, ...]) -> torch.Tensor:
+        values = torch.ones(dims) if name.endswith("norm.weight") else torch.randn(dims, generator=generator) * shape.deviation
         return values.to(torch.bfloat16)
 
-    save_file({name: draw(dims) for name, dims in shape.tensors().items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file({name: draw(name, dims) for name, dims in shape.tensors().items()}, folder / WEIGHTS, metadata={"format": "pt"})
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TOKENIZER / name, folder / name)
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

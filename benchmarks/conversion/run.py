@@ -23,7 +23,7 @@ from benchmarks.conversion.environments import versions
 from benchmarks.conversion.measure import measure
 from benchmarks.conversion.records import Record, record
 from benchmarks.conversion.shapes import SHAPES
-from benchmarks.conversion.tables import figures, markdown, ratios, rows
+from benchmarks.conversion.tables import NOTES, TITLE, figures, markdown, ratios, rows
 from benchmarks.conversion.tools import Tool, environment, tools
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion.run", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["S"], help="S is SmolLM2-135M; XS only tries every tool")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, default=["S"], help="S is SmolLM2-135M, M Qwen2.5-0.5B; XS only tries every tool"
+    )
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="rounds, in each of which every tool converts once")
     parser.add_argument(
         "--work", type=Path, default=ROOT / "build" / "conversion", metavar="DIR", help="for checkpoints, environments, outputs"
@@ -120,11 +122,15 @@ def report(args: argparse.Namespace, chosen: Sequence[Tool], measured: dict[str,
             "runs": [run.as_json() for run in runs],
         }
         tables.append(f"## {name}: {shape.description}, {args.repeat} × interleaved\n\n{figures(found)}\n\n{ratios(found)}\n")
-    text = markdown(results, tables)
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (args.results / "results.md").write_text(text, encoding="utf-8")
+    publish(results, markdown(results, tables, TITLE, NOTES), args.results)
     print("\n".join(tables))
+
+
+def publish(results: dict[str, Any], text: str, folder: Path) -> None:
+    """The folder holds results.json and results.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(text, encoding="utf-8")
 
 
 def shown_command(args: argparse.Namespace) -> str:

@@ -1,4 +1,4 @@
-"""Shapes of the checkpoints that are converted: configurations of Llama, without weights."""
+"""Shapes of the checkpoints that are converted: configurations of Llama and Qwen2, without weights."""
 
 from __future__ import annotations
 
@@ -8,8 +8,30 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Family:
+    """What a model type has beyond its sizes: the class in its config, keys that only it has, and what carries a bias."""
+
+    architecture: str
+    config: dict[str, Any]
+    biased: tuple[str, ...] = ()
+
+
+FAMILIES = {
+    "llama": Family(
+        "LlamaForCausalLM",
+        {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None},
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        {"rms_norm_eps": 1e-06, "use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 21},
+        biased=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama checkpoint with tied embeddings."""
+    """Sizes of a checkpoint with tied embeddings."""
 
     description: str
     layers: int
@@ -20,6 +42,7 @@ class Shape:
     vocabulary: int
     max_position: int
     rope_theta: float
+    model_type: str = "llama"
 
     @property
     def head_dim(self) -> int:
@@ -28,10 +51,11 @@ class Shape:
 
     def config(self) -> dict[str, Any]:
         """Return config.json in the keys that transformers 4 and 5 both read; the token ids are those of quill's tokenizer."""
+        family = FAMILIES[self.model_type]
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "attention_bias": False,
+            "architectures": [family.architecture],
+            "model_type": self.model_type,
+            **family.config,
             "attention_dropout": 0.0,
             "bos_token_id": 1,
             "eos_token_id": 2,
@@ -42,13 +66,9 @@ class Shape:
             "initializer_range": self.deviation,
             "intermediate_size": self.intermediate,
             "max_position_embeddings": self.max_position,
-            "mlp_bias": False,
             "num_attention_heads": self.heads,
             "num_hidden_layers": self.layers,
             "num_key_value_heads": self.kv_heads,
-            "pretraining_tp": 1,
-            "rms_norm_eps": 1e-05,
-            "rope_scaling": None,
             "rope_theta": self.rope_theta,
             "tie_word_embeddings": True,
             "torch_dtype": "bfloat16",
@@ -81,11 +101,15 @@ class Shape:
                 "mlp.down_proj": (self.hidden, self.intermediate),
             }.items():
                 shapes[f"model.layers.{layer}.{name}.weight"] = shape
+                if name in FAMILIES[self.model_type].biased:
+                    shapes[f"model.layers.{layer}.{name}.bias"] = shape[:1]
         return shapes
 
 
-# S: https://huggingface.co/HuggingFaceTB/SmolLM2-135M, config.json. XS only tries whether every tool works.
+# S: https://huggingface.co/HuggingFaceTB/SmolLM2-135M, config.json; M: https://huggingface.co/Qwen/Qwen2.5-0.5B, config.json.
+# XS only tries whether every tool works.
 SHAPES = {
     "S": Shape("Llama, SmolLM2-135M", 30, 576, 1536, 9, 3, 49152, 8192, 100000.0),
+    "M": Shape("Qwen2, Qwen2.5-0.5B", 24, 896, 4864, 14, 2, 151936, 32768, 1000000.0, "qwen2"),
     "XS": Shape("Llama, two small layers", 2, 64, 128, 4, 2, 4096, 1024, 10000.0),
 }

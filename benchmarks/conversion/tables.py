@@ -12,6 +12,7 @@ from benchmarks.conversion.tools import CALQUE
 
 WHOLE, ALONE, PROOF = f"{CALQUE}, conversion and proof", f"{CALQUE}, conversion alone", f"{CALQUE}, proof"
 
+TITLE = "Conversion side by side"
 NOTES = """\
 Each figure is the median of its column over the runs that succeeded. Wall and CPU seconds, user and system, are of the whole tree of
 processes; peak RSS is summed over the tree, sampled every 20 ms, pages of mapped files included. *Conversion alone* is everything
@@ -106,11 +107,11 @@ def _cell(value: float | None, digits: int, unit: float = 1.0) -> str:
     return "–" if value is None else f"{value / unit:,.{digits}f}"
 
 
-def markdown(results: dict[str, Any], tables: Sequence[str]) -> str:
-    """Return results.md: where, with what and how it was measured, and a table for each shape."""
+def markdown(results: dict[str, Any], tables: Sequence[str], title: str, notes: str) -> str:
+    """Return results.md: where, with what and how it was measured, and tables for each shape."""
     machine = results["machine"]
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_gb']} GB of memory, {machine['os']}, Linux {machine['kernel']}"
-    lines = ["# Conversion side by side", "", f"    {results['command']}", "", f"{where}.", "", NOTES, "", *tables]
+    lines = [f"# {title}", "", f"    {results['command']}", "", f"{where}.", "", notes, "", *tables]
     lines += ["## Commands and versions", ""]
     for name, tool in results["tools"].items():
         listed = ", ".join(f"{package} {version}" for package, version in tool["versions"].items())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.conversion.environments import ensure
 
-CALQUE = "Calque"
+CALQUE, OPTIMUM, GENAI = "Calque", "optimum-onnx", "genai builder"
 MODEL, OUT, CACHE = "MODEL", "OUT", "CACHE"
 
 
@@ -36,18 +36,30 @@ class Tool:
         return [str(self.python), *(folders.get(argument, argument) for argument in self.arguments)]
 
 
-def tools(work: Path, calque_python: Path) -> list[Tool]:
-    """Return Calque and its peers, their environments made."""
-    optimum, genai = ensure("optimum", work), ensure("genai", work)
-    convert = ("convert", "--target", "onnxruntime", MODEL, "-o", OUT, "--force")
+def calque(python: Path, *options: str) -> Tool:
+    """Return Calque in the interpreter, with options of ``convert``, which become part of its name."""
+    convert = ("convert", "--target", "onnxruntime", MODEL, "-o", OUT, "--force", *options)
+    # The script `convert` may be another program's on some machines; the module is what it runs.
+    name = " ".join((CALQUE, *(option for option in options if option != "--set")))
+    return Tool(name, python, " ".join(convert), ("-m", "calque.cli", *convert), mark="] reference ")
+
+
+def optimum(work: Path) -> Tool:
+    """Return optimum-onnx, its environment made."""
+    python = ensure("optimum", work)
     export = ("export", "onnx", "--model", MODEL, "--task", "text-generation-with-past", OUT)
-    builder = ("-m", "onnxruntime_genai.models.builder", "-i", MODEL, "-o", OUT, "-p", "fp32", "-e", "cpu", "-c", CACHE)
-    return [
-        # The script `convert` may be another program's on some machines; the module is what it runs.
-        Tool(CALQUE, calque_python, " ".join(convert), ("-m", "calque.cli", *convert), mark="] reference "),
-        Tool("optimum-onnx", optimum, f"optimum-cli {' '.join(export)}", (str(optimum.with_name("optimum-cli")), *export)),
-        Tool("genai builder", genai, f"python {' '.join(builder)}", builder),
-    ]
+    return Tool(OPTIMUM, python, f"optimum-cli {' '.join(export)}", (str(python.with_name("optimum-cli")), *export))
+
+
+def genai(work: Path, *options: str) -> Tool:
+    """Return the builder of onnxruntime-genai with more options, its environment made."""
+    builder = ("-m", "onnxruntime_genai.models.builder", "-i", MODEL, "-o", OUT, "-p", "fp32", "-e", "cpu", "-c", CACHE, *options)
+    return Tool(GENAI, ensure("genai", work), f"python {' '.join(builder)}", builder)
+
+
+def tools(work: Path, calque_python: Path) -> list[Tool]:
+    """Return Calque and its peers as they are without options, their environments made."""
+    return [calque(calque_python), optimum(work), genai(work)]
 
 
 def environment(work: Path) -> dict[str, str]:
