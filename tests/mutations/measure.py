@@ -11,6 +11,7 @@ import torch
 from calque.validation.compare import Row
 from calque.validation.tolerance import tolerance
 from tests.mutations import onnx_mutations
+from tests.mutations.fused import OF_THE_MASK
 from tests.mutations.mutations import LONGROPE, MUTATIONS, Mutation, applicable
 from tests.mutations.traced_gate import MODELS, TracedGate, traced_gate
 
@@ -33,6 +34,13 @@ of one unpadded prompt over an empty cache, finds nothing wrong: that is so for 
 """
 
 NOTES = """\
+## With every operator joined
+
+The mutations of the graph are applied before the operators are joined as well, for padding `any` and `right`, and faults of the
+joined operators' own arguments (bias, lengths, tables of angles, sinks, scale, soft cap, window) after it: `tests/mutations/test_fused.py`.
+All are caught at five times the limit, but for the {of_the_mask} mutations of the mask in padding `right`, which has that mask no more and
+stays right.
+
 ## What cannot be caught, and is no fault
 
 - **All positions one further** in a model with rotary embeddings: a rotation common to queries and keys changes no score.
@@ -134,9 +142,9 @@ def page() -> str:
             about,
             f"## In the graph\n\nMutations that apply: {counts}.\n\n{graph}",
             f"## Longrope, whose frequencies change at a length\n\n{longrope}",
-            f"## In the emitted ONNX file, run by ONNX Runtime\n\n{file}",
+            f"## In the emitted ONNX file, in standard operators, run by ONNX Runtime\n\n{file}",
             f"## Where a mutation does not apply\n\n{absent}\n",
-            NOTES,
+            NOTES.format(of_the_mask=len(OF_THE_MASK)),
         )
     )
 

@@ -1,0 +1,72 @@
+"""With every operator joined the gate still catches every mutation, and every fault that joining itself can make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.mutations.fused import FAULTS, OF_THE_MASK, first_failure, fused
+from tests.mutations.mutations import MUTATIONS, applicable
+from tests.mutations.traced_gate import MODELS, traced_gate
+
+# Padding none is padding right of which no row has any.
+PADDINGS = ("any", "right")
+# A fault that is nearer to the limit than this tells nothing on another machine.
+LEAST_MARGIN = 5.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("name", MODELS)
+def test_each_mutation_is_caught_though_every_operator_is_joined(name: str, padding: str, subtests: pytest.Subtests) -> None:
+    gate = traced_gate(name)
+    for mutation in applicable(name):
+        with subtests.test(mutation.name):
+            row = first_failure(gate, fused(mutation.broken(gate.settled), padding))
+            if padding == "right" and mutation.name in OF_THE_MASK:
+                assert row is None, row
+                continue
+            assert row is not None
+            assert " has shape " in row["reason"] or row["worst_sigma"] >= LEAST_MARGIN * row["limit"], row["reason"]
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("name", [*MODELS, "phi3", "gpt_oss", "llama-16"])
+def test_each_fault_of_a_joined_operator_is_caught(name: str, padding: Any, subtests: pytest.Subtests) -> None:
+    gate = traced_gate(name)
+    whole = fused(gate.settled.copy(), padding)
+    assert first_failure(gate, whole) is None
+    caught = []
+    for fault, break_it in FAULTS.items():
+        model = whole.copy()
+        if not break_it(model):
+            continue
+        with subtests.test(fault):
+            row = first_failure(gate, model)
+            assert row is not None
+            assert row["worst_sigma"] >= LEAST_MARGIN * row["limit"], row["reason"]
+            caught.append(fault)
+    assert "scale of another head size" in caught
+
+
+def test_faults_of_the_mask_are_names_of_mutations() -> None:
+    assert {mutation.name for mutation in MUTATIONS} >= OF_THE_MASK
+
+
+def test_each_fault_of_a_joined_operator_meets_a_model_that_has_it() -> None:
+    met = set()
+    for name in ("gemma2", "gpt_oss", "llama-16"):
+        for padding in PADDINGS:
+            whole = fused(traced_gate(name).settled.copy(), padding)
+            met |= {fault for fault, break_it in FAULTS.items() if break_it(whole.copy())}
+    assert met == FAULTS.keys()
