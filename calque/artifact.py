@@ -46,8 +46,9 @@ class GraphSpec:
 class Limits:
     """What the artifact must not be asked to do; its session refuses the rest.
 
-    ``recompute_at``: a cache begun at or below this many tokens must be recomputed, not continued, once the row grows
-    past it, because the rotary frequencies of every earlier key change there (longrope).
+    ``max_length``: true tokens of a row; with padding right, slots of the cache, padding among them. ``recompute_at``: a cache
+    begun at or below this many tokens must be recomputed, not continued, once the row grows past it, because the rotary
+    frequencies of every earlier key change there (longrope).
     """
 
     padding: Padding = "any"

@@ -106,3 +106,173 @@ def keep_last(hidden: Tensor, count: Tensor) -> Tensor:
 def _(hidden: Tensor, count: Tensor) -> Tensor:
     kept = torch.library.get_ctx().new_dynamic_size()
     return hidden.new_empty(hidden.shape[0], kept, hidden.shape[2])
+
+
+@torch.library.custom_op("calque::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    """Return x / √(mean(x²) + epsilon) · weight over the last axis, computed in float32; ``weight`` [D], None meaning ones."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return (normed if weight is None else normed * weight.float()).to(x.dtype)
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("calque::add_rms_norm", mutates_args=())
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return the norm of ``x + residual``, and that sum."""
+    total = x + residual
+    return rms_norm(total, weight, epsilon), total
+
+
+@add_rms_norm.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.custom_op("calque::add_layer_norm", mutates_args=())
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return the layer norm of ``x + residual`` over the last axis, and that sum."""
+    total = x + residual
+    return torch.nn.functional.layer_norm(total, total.shape[-1:], weight, bias, epsilon), total
+
+
+@add_layer_norm.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.custom_op("calque::rotary", mutates_args=())
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, size: int) -> Tensor:
+    """Return heads [B, H, S, D] turned by their angles: pairs (a, b) become (a·cos - b·sin, b·cos + a·sin).
+
+    ``cos``, ``sin`` [B, S, size/2]: the first ``size`` of D are turned, the rest pass. Pairs are (i, i + size/2), or
+    (2i, 2i + 1) if ``interleaved``.
+    """
+    half = size // 2
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    joined = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([joined, rest], dim=-1)
+
+
+@rotary.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, size: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("calque::flat_rotary", mutates_args=())
+def flat_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, size: int, heads: int) -> Tensor:
+    """Return what ``rotary`` does with heads that lie beside each other, [B, S, heads·D]."""
+    apart = x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
+    turned: Tensor = rotary(apart, cos, sin, interleaved, size)
+    return turned.transpose(1, 2).flatten(2)
+
+
+@flat_rotary.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, size: int, heads: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("calque::split_heads", mutates_args=())
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """Return heads that lie beside each other, [B, S, heads·D], as an axis of their own, [B, S, heads, D]."""
+    return x.reshape(x.shape[0], x.shape[1], heads, -1).clone()
+
+
+@split_heads.register_fake
+def _(x: Tensor, heads: int) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], heads, x.shape[2] // heads)
+
+
+@torch.library.custom_op("calque::join_heads", mutates_args=())
+def join_heads(x: Tensor) -> Tensor:
+    """Return heads [B, S, H, D] beside each other, [B, S, H·D]."""
+    return x.flatten(2).clone()
+
+
+@join_heads.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], x.shape[2] * x.shape[3])
+
+
+@torch.library.custom_op("calque::mask_bias", mutates_args=())
+def mask_bias(mask: Tensor) -> Tensor:
+    """Return what is added to scores to hide what a boolean mask does not show: 0 or the lowest float32."""
+    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+
+@mask_bias.register_fake
+def _(mask: Tensor) -> Tensor:
+    return mask.new_empty(mask.shape, dtype=torch.float32)
+
+
+def _seen(slots: Tensor, keys: int, window: int) -> Tensor:
+    """Return which slots a query at each of ``slots`` [B, S] sees, bool [B, 1, S, keys]: none later, at most ``window`` back."""
+    query, key = slots[:, None, :, None], torch.arange(keys)
+    return (key <= query) & (key > query - window) if window else key <= query
+
+
+@torch.library.custom_op("calque::grouped_attention", mutates_args=())
+def grouped_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    past_key: Tensor,
+    past_value: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    sinks: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    softcap: float,
+    window: int,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return attention [B, S, heads·D] with the cache it keeps: key and value [B, kv_heads, P + S, D], new ones added.
+
+    q [B, S, heads·D], k and v [B, S, kv_heads·D] as projections leave them, or all three beside each other in q; past
+    [B, kv_heads, P, D]. One of two:
+    - ``bias`` float [B, 1, S, P + S], as ``mask_bias`` makes it, hides keys; slots of the cache are those of the call, padding included.
+    - ``key_mask`` int64 [B, P + S], padding on the right alone: each row's tokens fill its slots from 0 without gaps, the
+      rest of the cache is unspecified. Causal, ``window`` keys back where that is not 0. ``cos``, ``sin`` [longest, R/2]:
+      queries and keys are turned by their slots.
+    """
+    batch, new = q.shape[:2]
+    if k is None or v is None:
+        size = past_key.shape[3]
+        q, k, v = torch.split(q, [heads * size, kv_heads * size, kv_heads * size], dim=2)
+    query, key, value = (x.reshape(batch, new, n, -1).transpose(1, 2) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    past = past_key.shape[2]
+    slots = torch.arange(past, past + new).expand(batch, -1)
+    if key_mask is not None:
+        held = key_mask.sum(1, keepdim=True)
+        slots = (held - new if past else torch.zeros_like(held)) + torch.arange(new)
+        if cos is not None and sin is not None:
+            query, key = (rotary(x, cos[slots], sin[slots], interleaved, 2 * cos.shape[1]) for x in (query, key))
+    whole_key, whole_value = (
+        torch.cat([old, torch.zeros_like(x)], 2).scatter(2, slots[:, None, :, None].expand_as(x), x)
+        for old, x in ((past_key, key), (past_value, value))
+    )
+    mask = _seen(slots, past + new, window) if bias is None else bias > torch.finfo(bias.dtype).min / 2
+    out = decompose_attention(query, whole_key, whole_value, mask, scale, softcap, sinks, True)
+    return out.transpose(1, 2).reshape(batch, new, -1), whole_key, whole_value
+
+
+@grouped_attention.register_fake
+def _(
+    q: Tensor, k: Tensor | None, v: Tensor | None, past_key: Tensor, past_value: Tensor, bias: Tensor | None, key_mask: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, sinks: Tensor | None, heads: int, kv_heads: int, scale: float, softcap: float,
+    window: int, interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kept = (past_key.shape[0], past_key.shape[1], past_key.shape[2] + q.shape[1], past_key.shape[3])
+    out = q.new_empty(q.shape[0], q.shape[1], heads * past_key.shape[3])
+    return out, q.new_empty(kept), q.new_empty(kept)

@@ -28,5 +28,12 @@ def construct(cls: type[Chosen], options: Mapping[str, Any], owner: str) -> Chos
     try:
         return TypeAdapter(cls).validate_python(dict(options), strict=False)
     except ValidationError as error:
-        lines = [f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}; found {fault['input']!r}" for fault in error.errors()]
-        raise RecipeError(f"{owner} cannot take these options", lines, "change their values") from error
+        raise RecipeError(
+            f"{owner} cannot take these options", [_line(fault) for fault in error.errors()], "change their values"
+        ) from error
+
+
+def _line(fault: Any) -> str:
+    """Return what one option, or what some together, cannot be."""
+    place = ".".join(str(part) for part in fault["loc"])
+    return f"{place}: {fault['msg']}; found {fault['input']!r}" if place else str(fault["msg"]).removeprefix("Value error, ")

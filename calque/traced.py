@@ -40,6 +40,7 @@ class TracedModel:
     outputs: tuple[TensorSpec, ...]
     limits: Limits
     settled: bool = False
+    trained_length: int | None = None
 
     @property
     def layers(self) -> int:
@@ -72,6 +73,12 @@ class TracedModel:
         nodes = self._nodes_by_name()
         specs = self.program.graph_signature.input_specs
         return {spec.target: nodes[spec.arg.name] for spec in specs if spec.target is not None and spec.target in self.weights}
+
+    def constants(self) -> dict[Node, str]:
+        """Return the name of every buffer and lifted constant whose value is part of the graph, by its placeholder."""
+        nodes = self._nodes_by_name()
+        specs = self.program.graph_signature.input_specs
+        return {nodes[spec.arg.name]: spec.target for spec in specs if spec.target is not None and spec.target not in self.weights}
 
     def output_node(self) -> Node:
         """Return the graph's one output node."""

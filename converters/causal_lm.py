@@ -83,6 +83,7 @@ def trace(source: ModelSource) -> TracedModel:
         inputs=(*_inputs(), *(TensorSpec(state.input, "float32", state.shape) for state in states)),
         outputs=(_logits(program),),
         limits=limits,
+        trained_length=getattr(source.config.get_text_config(), "max_position_embeddings", None),
     )
     tidy(traced)
     write_in_real_numbers(traced)

@@ -25,7 +25,7 @@ def check_limits(limits: Limits, inputs: Mapping[str, NDArray[np.generic]]) -> N
         return
     batch, width = ids.shape
     past = mask.shape[1] - width
-    _check_padding(limits, mask)
+    _check_padding(limits, mask, past)
     if not limits.batched_chunk and batch > 1 and width > 1 and past > 0:
         raise Unsupported(
             f"the artifact cannot take {width} tokens of {batch} rows at once over a cache (batched_chunk: false)",
@@ -33,10 +33,17 @@ def check_limits(limits: Limits, inputs: Mapping[str, NDArray[np.generic]]) -> N
         )
     held = mask[:, :past].astype(bool).sum(axis=1)
     reached = mask.astype(bool).sum(axis=1)
-    if limits.max_length is not None and int(reached.max(initial=0)) > limits.max_length:
+    longest = int(reached.max(initial=0))
+    if limits.max_length is not None and longest > limits.max_length:
         raise Unsupported(
-            f"a row would hold {int(reached.max())} tokens, the artifact's max_length is {limits.max_length}",
+            f"a row would hold {longest} tokens, the artifact's max_length is {limits.max_length}",
             fix="cut the prompt, or stop generating there",
+        )
+    # There attention looks angles up by slot, and wants one for every slot of the cache.
+    if limits.max_length is not None and limits.padding == "right" and mask.shape[1] > limits.max_length:
+        raise Unsupported(
+            f"the cache would have {mask.shape[1]} slots, padding among them, the artifact's max_length is {limits.max_length}",
+            fix="pad no further than the longest row",
         )
     limit = limits.recompute_at
     if limit is not None and bool(((held > 0) & (held <= limit) & (reached > limit)).any()):
@@ -46,10 +53,20 @@ def check_limits(limits: Limits, inputs: Mapping[str, NDArray[np.generic]]) -> N
         )
 
 
-def _check_padding(limits: Limits, mask: NDArray[np.generic]) -> None:
+def _check_padding(limits: Limits, mask: NDArray[np.generic], past: int) -> None:
     seen = mask.astype(bool)
     if limits.padding == "none" and not seen.all():
         raise Unsupported("the artifact takes no padding (padding: none)", fix="run rows of unequal length one by one")
-    # A row of padding alone is no left padding: right-padded continuations may skip a row so.
-    if limits.padding == "right" and bool((~seen[:, 0] & seen.any(axis=1)).any()):
+    if limits.padding != "right":
+        return
+    new = seen[:, past:]
+    # Of the new tokens alone: what stands in the mask before them are calls that were let through.
+    if bool((new[:, 1:] & ~new[:, :-1]).any()) or bool((~seen[:, 0] & seen.any(axis=1)).any()):
         raise Unsupported("the artifact takes padding on the right alone (padding: right)", fix="put the padding after each row's tokens")
+    # Where tokens lie in the cache is told from how many there are: a row that gets none would lose its last.
+    if not bool(new.any(axis=1).all()):
+        raise Unsupported(
+            "the artifact takes at least one token of every row in a call (padding: right)", fix="leave out rows that have ended"
+        )
+    if past > 0 and not bool(new.all()):
+        raise Unsupported("the artifact takes no padding among tokens that continue a cache (padding: right)", fix="leave the padding out")

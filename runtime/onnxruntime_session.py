@@ -60,8 +60,8 @@ class OnnxRuntimeSession:
         if not path.is_file():
             raise ArtifactUnreadable(f"{path} is missing, though the manifest names it", fix=_REDO)
         options = onnxruntime.SessionOptions()
-        # Warnings go to stderr past Python's logging; what matters comes back as an exception.
-        options.log_severity_level = 3
+        # What it says goes to stderr past Python's logging; what matters comes back as an exception.
+        options.log_severity_level = 4
         options.intra_op_num_threads = self.threads
         try:
             session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])

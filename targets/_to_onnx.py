@@ -90,7 +90,63 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     return out if bias is None else op.Add(out, bias)
 
 
+def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
+    """Return standard ``RMSNormalization``; without a weight, what it is made of."""
+    if weight is None:
+        mean = op.ReduceMean(op.Mul(x, x), ints(-1), keepdims=1)
+        return op.Div(x, op.Sqrt(op.Add(mean, op.Constant(value_float=epsilon))))
+    return op.RMSNormalization(x, weight, axis=-1, epsilon=epsilon)
+
+
+def add_rms_norm(x: Any, residual: Any, weight: Any, epsilon: float) -> Any:
+    """Return the norm of the sum, and the sum."""
+    total = op.Add(x, residual)
+    return rms_norm(total, weight, epsilon), total
+
+
+def add_layer_norm(x: Any, residual: Any, weight: Any, bias: Any, epsilon: float) -> Any:
+    """Return the layer norm of the sum, and the sum."""
+    total = op.Add(x, residual)
+    return op.LayerNormalization(total, weight, bias, axis=-1, epsilon=epsilon)[0], total
+
+
+def rotary(x: Any, cos: Any, sin: Any, interleaved: bool, size: int) -> Any:
+    """Return standard ``RotaryEmbedding`` of [B, H, S, D]; where a part is turned, it wants both counts."""
+    heads, part = (x.shape[1], size) if size != x.shape[3] else (0, 0)
+    return op.RotaryEmbedding(x, cos, sin, interleaved=int(interleaved), num_heads=heads, rotary_embedding_dim=part)
+
+
+def flat_rotary(x: Any, cos: Any, sin: Any, interleaved: bool, size: int, heads: int) -> Any:
+    """Return standard ``RotaryEmbedding`` of heads beside each other, [B, S, heads·D]."""
+    part = size if size * heads != x.shape[2] else 0
+    return op.RotaryEmbedding(x, cos, sin, interleaved=int(interleaved), num_heads=heads, rotary_embedding_dim=part)
+
+
+def mask_bias(mask: Any) -> Any:
+    """Return 0 where the mask shows a key, and the lowest number where not."""
+    shown: Any = op.Constant(value_float=0.0)
+    return op.Where(mask, shown, op.Constant(value_float=LOWEST))
+
+
+def split_heads(x: Any, heads: int) -> Any:
+    """Return heads as an axis of their own; batch and sequence are taken as they are, without arithmetic on shapes."""
+    return op.Reshape(x, ints(0, 0, heads, -1))
+
+
+def join_heads(x: Any) -> Any:
+    """Return heads beside each other; batch and sequence are taken as they are."""
+    return op.Reshape(x, ints(0, 0, -1))
+
+
 STANDARD: Table = {
+    torch.ops.calque.flat_rotary.default: flat_rotary,
+    torch.ops.calque.mask_bias.default: mask_bias,
+    torch.ops.calque.split_heads.default: split_heads,
+    torch.ops.calque.join_heads.default: join_heads,
+    torch.ops.calque.rms_norm.default: rms_norm,
+    torch.ops.calque.add_rms_norm.default: add_rms_norm,
+    torch.ops.calque.add_layer_norm.default: add_layer_norm,
+    torch.ops.calque.rotary.default: rotary,
     torch.ops.calque.attention_mask.default: lambda full, key_mask, kind, window: op.Identity(full),
     torch.ops.calque.attention.default: attention,
     torch.ops.calque.keep_last.default: keep_last,

@@ -1,4 +1,4 @@
-"""ONNX Runtime: one ONNX file in standard operators with its weights beside it, for prefill and decode alike.
+"""ONNX Runtime: one ONNX file with its weights beside it, for prefill and decode alike.
 
 ::
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from calque.session import Session
+    from calque.targets._to_onnx import Table
     from calque.traced import TracedModel
 
 FILE = "model.onnx"
@@ -32,9 +33,18 @@ DATA = "model.onnx.data"
 
 @dataclass(frozen=True)
 class OnnxRuntime:
-    """``operators``: which operators attention and norms are lowered to; ``standard`` runs on any ONNX runtime."""
+    """``operators``: ``fused`` are ONNX Runtime's own, ``standard`` run on any runtime of their opset.
 
-    operators: Literal["standard"] = "standard"
+    ``padding``: where a row of a batch may have some. ``right`` and ``none`` let attention turn queries and keys by itself.
+    """
+
+    operators: Literal["fused", "standard"] = "fused"
+    padding: Literal["any", "right", "none"] = "any"
+
+    def __post_init__(self) -> None:
+        """Refuse what does not go together."""
+        if self.operators == "standard" and self.padding != "any":
+            raise ValueError(f"padding: {self.padding} belongs to operators: fused; standard ones take padding anywhere")
 
     name: ClassVar[str] = "onnxruntime"
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
@@ -42,10 +52,22 @@ class OnnxRuntime:
     def passes(self, precision: str) -> tuple[Pass, ...]:
         """Return the passes of this target, in order."""
         from calque.passes.cache_dynamic import CacheDynamic
+        from calque.passes.fuse_grouped_attention import FuseGroupedAttention
+        from calque.passes.fuse_residual_norm import FuseResidualNorm
+        from calque.passes.fuse_rms_norm import FuseRmsNorm
+        from calque.passes.fuse_rotary import FuseRotary
+        from calque.passes.merge_qkv import MergeQkv
         from calque.passes.transpose_linear import TransposeLinear
 
+        if self.operators == "standard":
+            return (FuseRmsNorm(), FuseRotary(), CacheDynamic(), TransposeLinear())  # what follows, in operators of the standard
         return (
+            FuseRmsNorm(),  # five operators a norm become one
+            FuseRotary(),  # ten operators a head turned become one
+            FuseResidualNorm(),  # a norm reads the sum before it once
             CacheDynamic(),  # past in, present out: the convention of every ONNX Runtime consumer
+            FuseGroupedAttention(self.padding),  # the cache is grown where it is read, not copied before
+            MergeQkv(),  # one product where three read the same values
             TransposeLinear(),  # MatMul reads [in, out]; a transposed constant would be copied when the session loads
         )
 
@@ -53,13 +75,18 @@ class OnnxRuntime:
         """Return the nodes that have no ONNX translation."""
         from calque.targets import _to_onnx
 
-        return _to_onnx.problems(model, _to_onnx.STANDARD)
+        return _to_onnx.problems(model, self._table())
 
     def lower(self, model: TracedModel) -> ir.Model:
         """Return the ONNX model; its weights are still where the checkpoint has them."""
         from calque.targets import _to_onnx
 
-        return _to_onnx.to_onnx(model)
+        return _to_onnx.to_onnx(model, self._table())
+
+    def _table(self) -> Table:
+        from calque.targets import _contrib, _to_onnx
+
+        return _contrib.CONTRIB if self.operators == "fused" else _to_onnx.STANDARD
 
     def emit(self, lowered: ir.Model, model: TracedModel, folder: Path) -> Emitted:
         """Write model.onnx and model.onnx.data; one tensor is in memory at a time."""
@@ -67,7 +94,7 @@ class OnnxRuntime:
 
         ir.save(lowered, folder / FILE, external_data=DATA)
         graph = GraphSpec(FILE, model.inputs, model.outputs)
-        # Standard operators take the mask and positions of the trace: what the trace is exact for, the artifact is.
+        # What the operators cannot do, the pass that puts them there says in the limits.
         return Emitted({"model": graph}, model.limits)
 
     def layouts(self, precision: str) -> tuple[str, ...]:

@@ -155,6 +155,18 @@ def traced(tiny_name: str) -> TracedModel:
     return shared_trace(tiny_name).copy()
 
 
+_TRACES: dict[str, TracedModel] = {}
+
+
+def traced_as(tiny: Tiny) -> TracedModel:
+    """A trace of its own of a model that is not among those of every release, traced once a process."""
+    if repr(tiny) not in _TRACES:
+        folder = Path(tempfile.mkdtemp(prefix="tiny-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        _TRACES[repr(tiny)] = causal_lm.trace(ModelSource.resolve(str(save_random(tiny, folder)), scratch=folder))
+    return _TRACES[repr(tiny)].copy()
+
+
 def prompt(model: TracedModel, length: int = 5) -> dict[str, NDArray[Any]]:
     """Two rows of seeded tokens and an empty cache."""
     ids = np.random.default_rng(11).integers(3, VOCABULARY, (2, length))

@@ -62,7 +62,7 @@ def test_crash_of_one_type_is_its_own_and_a_sweep_goes_on_where_it_stopped(tmp_p
     assert records["bert"]["error"].startswith("killed by SIGKILL")
     assert records["gpt2"]["worst_sigma"] < 3e-5
     assert records["gpt2"]["scenarios"] == {"passed": 14}
-    assert records["gpt2"]["limits"] == {"max_length": 128}
+    assert records["gpt2"]["limits"] == {"batched_chunk": False, "max_length": 128}
     assert "recurrent state" in records["mamba"]["error"]
     assert str(tmp_path) not in results.read_text()
     assert read(results)[CAUSAL.name] == records

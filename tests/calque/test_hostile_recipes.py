@@ -56,7 +56,7 @@ HOSTILE = {
     ),
     "wrong-pass-option": (GIVEN + b"passes: [{keep_last_logits: {keep: 3}}]", "line 3: passes[0]: pass keep_last_logits cannot take"),
     "unknown-option": (GIVEN + b"options:\n  operatrs: standard", "line 4: options.operatrs: target onnxruntime has no such option"),
-    "wrong-option": (GIVEN + b"options:\n\n  operators: 3", "line 5: options.operators: target onnxruntime: Input should be 'standard'"),
+    "wrong-option": (GIVEN + b"options:\n\n  operators: 3", "line 5: options.operators: target onnxruntime: Input should be 'fused'"),
     "two-cuts-of-logits": (GIVEN + b"logits: last\npasses: [keep_last_logits]", "line 4: passes: logits: last and the pass"),
     "empty-matrix": (GIVEN + b"matrix: {}", "line 3: matrix: must list something"),
     "empty-axes": (GIVEN + b"matrix: {model: null, precision: null}", "line 3: matrix: must list something"),

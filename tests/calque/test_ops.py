@@ -163,11 +163,34 @@ def test_keep_last_keeps_the_count_and_all_for_zero(count: int, kept: list[int])
     assert torch.equal(calque.keep_last(hidden, torch.tensor(count)), hidden[:, kept])
 
 
+def grouped(mask: Tensor | None) -> tuple[Any, ...]:
+    """Arguments of a grouped attention of three new tokens over four: all three beside each other, or turned by tables."""
+    generator = torch.Generator().manual_seed(4)
+    packed = torch.randn(BATCH, QUERIES, (HEADS + 2 * KV_HEADS) * SIZE, generator=generator)
+    past = [torch.randn(BATCH, KV_HEADS, KEYS - QUERIES, SIZE, generator=generator) for _ in range(2)]
+    rest = (HEADS, KV_HEADS, 0.5, 2.0)
+    if mask is not None:
+        return (packed, None, None, *past, calque.mask_bias(mask), None, None, None, torch.zeros(HEADS), *rest, 0, False)
+    parts = torch.split(packed, [HEADS * SIZE, KV_HEADS * SIZE, KV_HEADS * SIZE], 2)
+    held, tables = torch.ones(BATCH, KEYS, dtype=torch.int64), torch.randn(2, KEYS, SIZE // 2, generator=generator)
+    return (*(part.contiguous() for part in parts), *past, None, held, *tables, None, *rest, 2, True)
+
+
 SAMPLES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "cache_update": (calque.cache_update.default, (torch.randn(2, 2, 4, 3), torch.randn(2, 2, 1, 3), "0.key")),
     "attention_mask": (calque.attention_mask.default, (some_mask(), None, "causal", 0)),
     "attention": (calque.attention.default, (*tensors(value_size=VALUE_SIZE), some_mask(), 0.5, 2.0, torch.zeros(HEADS), True)),
     "attention_causal": (calque.attention.default, (*tensors(), None, 0.5, 0.0, None, True)),
+    "rms_norm": (calque.rms_norm.default, (torch.randn(2, 3, SIZE), torch.randn(SIZE), 1e-5)),
+    "add_rms_norm": (calque.add_rms_norm.default, (torch.randn(2, 3, SIZE), torch.randn(2, 3, SIZE), torch.randn(SIZE), 1e-5)),
+    "add_layer_norm": (calque.add_layer_norm.default, (torch.randn(2, 3, SIZE), torch.randn(2, 3, SIZE), torch.randn(SIZE), None, 1e-5)),
+    "rotary": (calque.rotary.default, (torch.randn(2, 4, 3, SIZE), torch.randn(2, 3, 2), torch.randn(2, 3, 2), True, 4)),
+    "flat_rotary": (calque.flat_rotary.default, (torch.randn(2, 3, 4 * SIZE), torch.randn(2, 3, 4), torch.randn(2, 3, 4), False, 8, 4)),
+    "split_heads": (calque.split_heads.default, (torch.randn(2, 3, 4 * SIZE), 4)),
+    "join_heads": (calque.join_heads.default, (torch.randn(2, 3, 4, SIZE),)),
+    "mask_bias": (calque.mask_bias.default, (some_mask(),)),
+    "grouped_attention": (calque.grouped_attention.default, grouped(some_mask())),
+    "grouped_attention_by_held_tokens": (calque.grouped_attention.default, grouped(None)),
 }
 
 

@@ -53,7 +53,10 @@ def test_artifact_is_proved_whole_and_says_what_it_is(converted: Artifact) -> No
     assert {"model.onnx", "model.onnx.data", "config.json", "reference/single-prompt.npz"} <= converted.files.keys()
     assert MANIFEST not in converted.files
     assert REPORT not in converted.files
-    assert converted.passes == {"cache_dynamic": 4, "transpose_linear": 15}
+    assert converted.passes == {
+        "fuse_rms_norm": 5, "fuse_rotary": 4, "fuse_residual_norm": 4, "cache_dynamic": 4, "fuse_grouped_attention": 2,
+        "merge_qkv": 0, "transpose_linear": 15,
+    }  # fmt: skip
     assert converted.tools.keys() == {"calque", *pipeline.TOOLS}
     assert [state.input for state in converted.states] == [spec.name for spec in converted.graphs["model"].inputs[3:]]
     assert names(converted.folder.parent) == ["out"]

@@ -98,7 +98,7 @@ def test_what_is_read_follows_the_schema(text: str, tmp_path: Path) -> None:
         GIVEN + "modle: m",
         GIVEN + "schema: 2",
         GIVEN + "precision: fp23",
-        GIVEN + "options: {padding: any}",
+        GIVEN + "options: {paddings: any}",
         GIVEN + "options: {operators: other}",
         GIVEN + "passes: [fuse]",
         GIVEN + "passes: [{keep_last_logits: {keep: first}}]",

@@ -20,8 +20,8 @@ from tests.tiny_models import VOCABULARY, source_of, traced
 TYPES_OF = {"int64": onnx.TensorProto.INT64, "float32": onnx.TensorProto.FLOAT}
 
 
-def emitted(name: str, folder: Path, *first: passes.Pass) -> tuple[onnx.ModelProto, Emitted]:
-    model, target = traced(name), OnnxRuntime()
+def emitted(name: str, folder: Path, *first: passes.Pass, operators: Any = "fused") -> tuple[onnx.ModelProto, Emitted]:
+    model, target = traced(name), OnnxRuntime(operators)
     passes.run([*first, *target.passes("fp32")], model)
     assert target.problems(model) == []
     made = target.emit(target.lower(model), model, folder)
@@ -61,7 +61,7 @@ def test_described_graph_is_the_one_in_the_file(llama: Any) -> None:
         assert [(v.name, v.type.tensor_type.elem_type, tuple(shape_of(v))) for v in values] == [
             (s.name, TYPES_OF[s.dtype], s.shape) for s in specs
         ]
-    assert made.limits == Limits(padding="any", batched_chunk=True)
+    assert made.limits == Limits(padding="any", batched_chunk=False)
 
 
 @pytest.mark.parametrize("keep", ["last", "dynamic"])
@@ -75,8 +75,9 @@ def test_cut_logits_are_named_by_what_is_kept(keep: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma2"])
-def test_only_standard_operators_of_one_opset_are_used(name: str, tmp_path: Path) -> None:
-    model, _ = emitted(name, tmp_path)
+def test_only_standard_operators_of_one_opset_are_used_where_they_are_asked_for(name: str, tmp_path: Path) -> None:
+    model, made = emitted(name, tmp_path, operators="standard")
+    assert made.limits == Limits(padding="any", batched_chunk=True)
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 23)]
     assert {node.domain for node in model.graph.node} == {""}
     assert not model.functions
@@ -125,10 +126,17 @@ def test_two_emissions_give_the_same_bytes(llama: Any, tmp_path: Path) -> None:
 def test_target_is_found_by_its_name_and_checks_its_options() -> None:
     assert "onnxruntime" in names()
     assert load("onnxruntime") is OnnxRuntime
-    assert make("onnxruntime", {"operators": "standard"}) == OnnxRuntime()
+    assert make("onnxruntime", {"operators": "fused", "padding": "any"}) == OnnxRuntime()
     with pytest.raises(RecipeError, match="cannot take these options") as caught:
         make("onnxruntime", {"operators": "banana"})
     assert "standard" in caught.value.where[0]
+
+
+@pytest.mark.parametrize("padding", ["right", "none"])
+def test_padding_of_fused_operators_is_refused_with_standard_ones(padding: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make("onnxruntime", {"operators": "standard", "padding": padding})
+    assert caught.value.where == (f"padding: {padding} belongs to operators: fused; standard ones take padding anywhere",)
 
 
 # A sparse file stands for 300 MB of weights: what is measured is what emission holds, not what it reads.

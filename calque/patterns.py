@@ -1,0 +1,35 @@
+"""Looking at a traced graph from the results backwards, for the passes that recognise what is written out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+aten = torch.ops.aten
+
+
+def calls(value: Any, target: Any) -> bool:
+    """Return whether a node's argument is itself the result of calling ``target``."""
+    return bool(getattr(value, "op", "") == "call_function" and value.target is target)
+
+
+def orders(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the two arguments of a product or sum both ways round."""
+    yield node.args[0], node.args[1]
+    yield node.args[1], node.args[0]
+
+
+def factors(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the factors of a product both ways round; nothing if the argument is no product."""
+    if calls(value, aten.mul.Tensor):
+        yield from orders(value)
+
+
+def only_user(node: Node) -> Node | None:
+    """Return the one node that reads ``node``; None if there are others, or none."""
+    return next(iter(node.users)) if len(node.users) == 1 else None

@@ -1,0 +1,100 @@
+"""Semantic operators as ONNX Runtime's own fused ones, where its CPU has a kernel for them; what is missing here stays standard.
+
+Source: the operator schemas and CPU kernels of onnxruntime 1.31.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import opset23 as op
+
+from calque.targets._to_onnx import STANDARD, Table, ints
+
+DOMAIN = "com.microsoft"
+
+
+def contrib(name: str, inputs: Sequence[Any], outputs: int = 1, domain: str = DOMAIN, **attributes: Any) -> Any:
+    """Return what an operator gives that no opset of onnxscript knows; a list where it has several outputs.
+
+    It is recorded as torch.onnx's own symbolic operators are. Source: torch/onnx/_internal/exporter/_torchlib/ops/symbolic.py@2.13.
+    """
+    from torch.onnx._internal.exporter import _core, _tensors
+
+    recorder = _core.current_tracer
+    assert recorder is not None, "only a translation that runs may place operators"
+    given = list(inputs)
+    while given and given[-1] is None:
+        given.pop()
+    made = [_tensors.SymbolicTensor(recorder.opset) for _ in range(outputs)]
+    recorder.nodes.append(ir.Node(domain, name, given, ir.convenience.convert_attributes(attributes), outputs=made, version=1))
+    return made[0] if outputs == 1 else made
+
+
+def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
+    """Return ``SimplifiedLayerNormalization``, which belongs to the default domain without being in the standard."""
+    if weight is None:
+        return STANDARD[torch.ops.calque.rms_norm.default](x, weight, epsilon)
+    return contrib("SimplifiedLayerNormalization", [x, weight], domain="", axis=-1, epsilon=epsilon, stash_type=1)
+
+
+def add_rms_norm(x: Any, residual: Any, weight: Any, epsilon: float) -> Any:
+    """Return the norm of the sum, and the sum, which is the operator's fourth output."""
+    made = contrib("SkipSimplifiedLayerNormalization", [x, residual, weight], 4, epsilon=epsilon)
+    return made[0], made[3]
+
+
+def add_layer_norm(x: Any, residual: Any, weight: Any, bias: Any, epsilon: float) -> Any:
+    """Return the norm of the sum, and the sum, which is the operator's fourth output."""
+    made = contrib("SkipLayerNormalization", [x, residual, weight, bias], 4, epsilon=epsilon)
+    return made[0], made[3]
+
+
+def silu(x: Any) -> Any:
+    """Return x · sigmoid(x)."""
+    return contrib("QuickGelu", [x], alpha=1.0)
+
+
+def grouped_attention(
+    q: Any, k: Any, v: Any, past_key: Any, past_value: Any, bias: Any, key_mask: Any, cos: Any, sin: Any, sinks: Any,
+    heads: int, kv_heads: int, scale: float, softcap: float, window: int, interleaved: bool,
+) -> Any:  # fmt: skip
+    """Return ``GroupQueryAttention``: its output, and the keys and values that it keeps.
+
+    With a bias every row is told to hold all slots, for what padding there is the bias hides.
+    """
+    int32 = ir.DataType.INT32
+    if bias is None:
+        held = op.ReduceSum(key_mask, ints(1), keepdims=0)
+        total = op.Shape(key_mask, start=1, end=2)
+    else:
+        total = op.Shape(bias, start=3, end=4)
+        held = op.Expand(total, op.Shape(bias, start=0, end=1))
+    last = op.Cast(op.Sub(held, ints(1)), to=int32)
+    return tuple(
+        contrib(
+            "GroupQueryAttention",
+            [q, k, v, past_key, past_value, last, op.Cast(op.Squeeze(total), to=int32), cos, sin, None, bias, sinks],
+            3,
+            num_heads=heads,
+            kv_num_heads=kv_heads,
+            scale=scale,
+            softcap=softcap,
+            local_window_size=window or -1,
+            do_rotary=int(cos is not None),
+            rotary_interleaved=int(interleaved),
+        )
+    )
+
+
+CONTRIB: Table = {
+    **STANDARD,
+    torch.ops.calque.grouped_attention.default: grouped_attention,
+    torch.ops.calque.rms_norm.default: rms_norm,
+    torch.ops.calque.add_rms_norm.default: add_rms_norm,
+    torch.ops.calque.add_layer_norm.default: add_layer_norm,
+    torch.ops.aten.silu.default: silu,
+}
