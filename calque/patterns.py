@@ -30,6 +30,16 @@ def factors(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from orders(value)
 
 
+def wave(value: Any) -> tuple[Any, Any, float] | None:
+    """Return cosine or sine, what it is taken of, and the number that multiplies it; None if the argument is neither."""
+    scale = 1.0
+    if calls(value, aten.mul.Tensor) and isinstance(value.args[1], float):
+        value, scale = value.args
+    if not calls(value, aten.cos.default) and not calls(value, aten.sin.default):
+        return None
+    return value.target, value.args[0], scale
+
+
 def only_user(node: Node) -> Node | None:
     """Return the one node that reads ``node``; None if there are others, or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None

@@ -81,11 +81,12 @@ def write_random_weights(
     partial = folder / "model.safetensors.partial"
     with partial.open("wb") as file:
         file.write(_header({name: tensors[name] for name in order}))
-        if not values:
+        if values:
+            for name in order:
+                for piece in _draw(_Law.of(model, name, tensors[name]), name, seed):
+                    _write(file, piece)
+        else:
             file.truncate(file.tell() + sum(tensor.nbytes for tensor in tensors.values()))
-        for name in order if values else ():
-            for piece in _draw(_Law.of(model, name, tensors[name]), name, seed):
-                _write(file, piece)
     # In one step: who has mapped an earlier file keeps its bytes, and an interrupted run leaves none that looks whole.
     partial.replace(path)
     return path

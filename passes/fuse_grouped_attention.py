@@ -27,7 +27,7 @@ import torch
 from torch.fx import Node
 
 from calque.passes import Rewrites
-from calque.patterns import aten, calls, factors, only_user
+from calque.patterns import aten, calls, factors, only_user, wave
 from calque.traced import call, user_nodes
 from calque.weights import Derived
 
@@ -56,7 +56,7 @@ class FuseGroupedAttention:
         found: list[_Layer] = []
         skipped = []
         for node in user_nodes(model.graph.nodes, attention):
-            layer = _layer(node, gaps=self.padding == "any")
+            layer = _layer(node, model.output_node(), gaps=self.padding == "any")
             if isinstance(layer, _Layer):
                 found.append(layer)
             else:
@@ -97,12 +97,12 @@ class _Layer:
         return int(self.query.meta["val"].shape[1]), int(self.key.meta["val"].shape[1])
 
 
-def _layer(node: Any, gaps: bool) -> _Layer | str:
+def _layer(node: Any, output: Node, gaps: bool) -> _Layer | str:
     """Return the layer that an attention belongs to, or why it cannot be joined with its cache."""
     query, whole_key, whole_value, mask = node.args[:4]
     if not _grows(whole_key) or not _grows(whole_value):
         return "its keys and values are not its own cache, grown by its own tokens"
-    if whole_key.users.keys() | whole_value.users.keys() != {node, *_outputs(node)}:
+    if whole_key.users.keys() | whole_value.users.keys() != {node, output}:
         return "its keys or values are read by other layers too"
     if not calls(mask, torch.ops.calque.attention_mask.default) or mask.args[2] not in CAUSAL:
         return "its mask does not hide all that comes later"
@@ -126,10 +126,6 @@ def _grows(value: Any) -> bool:
     return bool(value.args[0][0].op == "placeholder")
 
 
-def _outputs(node: Node) -> list[Node]:
-    return [last for last in node.graph.nodes if last.op == "output"]
-
-
 class _Inputs:
     """What the layers share: the mask as the operator wants it, and tables of angles."""
 
@@ -137,7 +133,7 @@ class _Inputs:
         self.model = model
         self.longest: int | None = None
         self._biases: dict[Node, Node] = {}
-        self._tables: dict[Node, Node | None] = {}
+        self._tables: dict[tuple[str, Any, float], Node] = {}
 
     def bias(self, mask: Any) -> Node:
         """Return the mask as what is added to scores, made once a mask, where the mask is made."""
@@ -159,24 +155,21 @@ class _Inputs:
         return (cos, sin) if cos is not None and sin is not None else None
 
     def _table(self, angles: Any) -> Node | None:
-        if angles not in self._tables:
-            self._tables[angles] = self._made(angles)
-        return self._tables[angles]
-
-    def _made(self, angles: Any) -> Node | None:
-        scale, wave = 1.0, angles
-        if calls(wave, aten.mul.Tensor) and isinstance(wave.args[1], float):
-            wave, scale = wave.args
-        longest, constants = self.model.trained_length, self.model.constants()
-        if longest is None or not (calls(wave, aten.cos.default) or calls(wave, aten.sin.default)):
+        """Return the table of one kind of angles: made once, wherever the model works them out again."""
+        found, longest, constants = wave(angles), self.model.trained_length, self.model.constants()
+        if longest is None or found is None:
             return None
-        for positions, frequencies in factors(wave.args[0]):
+        target, turns, scale = found
+        function = torch.cos if target is aten.cos.default else torch.sin
+        for positions, frequencies in factors(turns):
             if frequencies in constants and frequencies.meta["val"].dim() == 1 and _is_positions(self.model, positions):
-                function = torch.cos if calls(wave, aten.cos.default) else torch.sin
                 name = constants[frequencies]
-                weight = _angle_table(self.model.constant(name), longest, function, scale)
+                if (name, function, scale) not in self._tables:
+                    weight = _angle_table(self.model.constant(name), longest, function, scale)
+                    called = f"{name}.{function.__name__}" + ("" if scale == 1.0 else f"_times_{scale:g}")
+                    self._tables[name, function, scale] = self.model.add_parameter(called, weight, like=frequencies)
                 self.longest = longest
-                return self.model.add_parameter(f"{name}.{function.__name__}", weight, like=frequencies)
+                return self._tables[name, function, scale]
         return None
 
 

@@ -37,6 +37,7 @@ class FuseRmsNorm:
     def apply(self, model: TracedModel) -> Rewrites:
         """Return one rewrite per norm, and the means of squares that make no norm."""
         count, skipped = 0, []
+        names = {node: name for name, node in model.parameters().items()}
         for root in [node for node in model.graph.nodes if _is_reciprocal_root(node)]:
             if (found := _mean_square(root)) is None:
                 continue
@@ -45,7 +46,7 @@ class FuseRmsNorm:
             if normed is None or not calls(normed, aten.mul.Tensor) or value not in normed.args:
                 skipped.append((root.name, "its result multiplies something else than what was squared"))
                 continue
-            last, weight = _weighted(model, normed)
+            last, weight = _weighted(model, names, normed)
             with model.graph.inserting_before(last):
                 fused = call(model.graph, torch.ops.calque.rms_norm.default, value, weight, epsilon)
             last.replace_all_uses_with(fused)
@@ -76,30 +77,31 @@ def _mean_square(root: Any) -> tuple[Node, float] | None:
     return None
 
 
-def _weighted(model: TracedModel, normed: Node) -> tuple[Node, Node | None]:
+def _weighted(model: TracedModel, names: dict[Node, str], normed: Node) -> tuple[Node, Node | None]:
     """Return the last node of the norm, and its weight: none where what follows is no product with a vector of parameters."""
     product = only_user(normed)
     if product is None or not calls(product, aten.mul.Tensor):
         return normed, None
     size = normed.meta["val"].shape[-1]
     for one, other in orders(product):
-        if one is normed and (weight := _vector(model, other, size)) is not None:
+        if one is normed and (weight := _vector(model, names, other, size)) is not None:
             return product, weight
     return normed, None
 
 
-def _vector(model: TracedModel, value: Any, size: int) -> Node | None:
+def _vector(model: TracedModel, names: dict[Node, str], value: Any, size: int) -> Node | None:
     """Return the parameter of ``size`` elements that a factor is; a new one where the factor is a parameter and 1."""
-    parameters = {node: name for name, node in model.parameters().items()}
-    if value in parameters and tuple(value.meta["val"].shape) == (size,):
+    if value in names and tuple(value.meta["val"].shape) == (size,):
         node: Node = value
         return node
-    if calls(value, aten.add.Tensor) and value.args[1] == 1 and value.args[0] in parameters:
-        name = parameters[value.args[0]]
+    if calls(value, aten.add.Tensor) and value.args[1] == 1 and value.args[0] in names:
+        name = names[value.args[0]]
         if model.weights[name].shape != (size,):
             return None
-        known = model.parameters().get(f"{name}.plus_one")
-        return known or model.add_parameter(f"{name}.plus_one", _plus_one(model.weights[name]), like=value.args[0])
+        one_more = f"{name}.plus_one"
+        if one_more in model.weights:
+            return model.parameters()[one_more]
+        return model.add_parameter(one_more, _plus_one(model.weights[name]), like=value.args[0])
     return None
 
 

@@ -25,7 +25,7 @@ import torch
 from torch.fx import Graph, Node
 
 from calque.passes import Rewrites
-from calque.patterns import aten, calls, factors, only_user, orders
+from calque.patterns import aten, calls, factors, only_user, orders, wave
 from calque.traced import call
 
 if TYPE_CHECKING:
@@ -218,21 +218,18 @@ class _Angles:
                 self.skipped[angles.name] = "the angles are laid out in a way of their own"
         return self.made[angles, interleaved]
 
-    def _halved(self, angles: Node, interleaved: bool) -> Node | None:
-        scale: Any = None
-        wave: Any = angles
-        if calls(wave, aten.where.self) and wave.args[0].meta["val"].shape[-1] == 1:
+    def _halved(self, angles: Any, interleaved: bool) -> Node | None:
+        if calls(angles, aten.where.self) and angles.args[0].meta["val"].shape[-1] == 1:
             return self._chosen(angles, interleaved)
-        if calls(wave, aten.mul.Tensor) and isinstance(wave.args[1], float):
-            scale, wave = wave.args[1], wave.args[0]
-        if not calls(wave, aten.cos.default) and not calls(wave, aten.sin.default):
+        if (found := wave(angles)) is None:
             return None
-        turns = _doubled(wave.args[0], interleaved)
+        function, doubled, scale = found
+        turns = _doubled(doubled, interleaved)
         if turns is None:
             return None
         with self.model.graph.inserting_after(angles):
-            half = call(self.model.graph, wave.target, turns)
-        if scale in (None, 1.0):
+            half = call(self.model.graph, function, turns)
+        if scale == 1.0:
             return half
         with self.model.graph.inserting_after(half):
             return call(self.model.graph, aten.mul.Tensor, half, scale)

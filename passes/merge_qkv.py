@@ -53,7 +53,7 @@ class MergeQkv:
                 continue
             value, weights, biases = found
             with model.graph.inserting_before(attention):
-                stacked = [_stack(model, [names[node] for node in nodes]) for nodes in (weights, biases) if nodes]
+                stacked = [_stack(model, names, nodes) for nodes in (weights, biases) if nodes]
                 merged = call(model.graph, aten.linear.default, value, *stacked)
             attention.args = (merged, None, None, *attention.args[3:])
             count += 1
@@ -100,9 +100,9 @@ def _projections(parts: Sequence[Any], names: dict[Node, str], model: TracedMode
     return parts[0].args[0], weights, biases
 
 
-def _stack(model: TracedModel, names: Sequence[str]) -> Node:
-    """Return a parameter that holds the named ones one after the other."""
-    weights: list[Weight] = [model.weights[name] for name in names]
+def _stack(model: TracedModel, names: dict[Node, str], parameters: Sequence[Node]) -> Node:
+    """Return a parameter that holds those given one after the other."""
+    weights: list[Weight] = [model.weights[names[node]] for node in parameters]
     shape = (sum(weight.shape[0] for weight in weights), *weights[0].shape[1:])
     merged = Derived(tuple(weights), "stack", lambda *tensors: torch.cat(tensors), torch_dtype_name(weights[0]), shape)
-    return model.add_parameter(f"{names[0]}.qkv", merged, like=model.parameters()[names[0]])
+    return model.add_parameter(f"{names[parameters[0]]}.qkv", merged, like=parameters[0])

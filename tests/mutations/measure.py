@@ -15,6 +15,8 @@ from tests.mutations.fused import OF_THE_MASK
 from tests.mutations.mutations import LONGROPE, MUTATIONS, Mutation, applicable
 from tests.mutations.traced_gate import MODELS, TracedGate, traced_gate
 
+# A fault that is nearer to the limit than this would pass on another machine, or tell nothing.
+LEAST_MARGIN = 5.0
 PAGE = Path(__file__).parents[2] / "docs" / "mutations.md"
 
 INTRODUCTION = """\

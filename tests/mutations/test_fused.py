@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from tests.mutations.fused import FAULTS, OF_THE_MASK, first_failure, fused
+from tests.mutations.measure import LEAST_MARGIN
 from tests.mutations.mutations import MUTATIONS, applicable
 from tests.mutations.traced_gate import MODELS, traced_gate
 
 # Padding none is padding right of which no row has any.
 PADDINGS = ("any", "right")
-# A fault that is nearer to the limit than this tells nothing on another machine.
-LEAST_MARGIN = 5.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)

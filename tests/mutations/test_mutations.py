@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
-import torch
 
 from calque import passes
 from calque.passes.transpose_linear import TransposeLinear
@@ -22,19 +21,8 @@ from tests.mutations.traced_gate import MODELS, TracedGate, traced_gate
 
 # torch warns of its own tree specs when TracedModel.copy copies a program deeply.
 
-# A fault that is nearer to the limit than this would pass on another machine, or tell nothing.
-LEAST_MARGIN = 5.0
 # What is added to all keys alike shifts every score of a query by the same number, and softmax takes it out again.
 WITHOUT_EFFECT = {f"transformer.h.{layer}.attn.c_attn.bias" for layer in (0, 1)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    # Tensors this small are slower on several, many times so where others want the cores too.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -47,7 +35,7 @@ def require_caught(gate: TracedGate, name: str, found: measure.Finding) -> None:
     print(f"{gate.name:12} {name:32} {found!s:32} {margin:10.0f} × the limit")
     assert found.scenario, f"{gate.name} passes every scenario with the fault: {name}"
     assert found.sigma is not None or found.is_shape, f"{name} crashes {gate.name}, which proves nothing: {found.reason}"
-    assert margin >= LEAST_MARGIN, f"{name} is only just caught on {gate.name}: {found.reason}"
+    assert margin >= measure.LEAST_MARGIN, f"{name} is only just caught on {gate.name}: {found.reason}"
 
 
 def check(gate: TracedGate, mutation: Mutation) -> None:

@@ -41,7 +41,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "gemma3_text": {"query_pre_attn_scalar": 16, "rms_norm_eps": 1e-4},
 }
 # Half of a head of 16 is what the kernel that rotates by itself can turn.
-OTHERS = {"llama-16": replace(TYPES["llama"], head_dim=16), "phi3": TINY["phi3"], "gemma2": TINY["gemma2"]}
+SHAPES = {**TYPES, **TINY, "llama-16": replace(TYPES["llama"], head_dim=16)}
 # The rows of this scenario are the longest that every model has.
 LONGEST = "untraced-length"
 
@@ -102,7 +102,7 @@ def traced_gate(name: str) -> TracedGate:
     _KEPT.append(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
     folder = Path(_KEPT[-1].name)
     (folder / "scratch").mkdir()
-    tiny = OTHERS.get(name) or TYPES[name]
+    tiny = SHAPES[name]
     config_of(replace(tiny, extra={**tiny.extra, "tie_word_embeddings": True, **CHANGED.get(name, {})})).save_pretrained(folder)
     source = ModelSource.resolve(str(folder), random_weights=True, scratch=folder / "scratch")
     traced = causal_lm.trace(source)

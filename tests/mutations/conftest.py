@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from calque.validation import eager
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    # Tensors this small are slower on several, many times so where others want the cores too.
+    with eager.one_thread():
+        yield
