@@ -83,6 +83,7 @@ def _flags(args: argparse.Namespace) -> dict[str, Any]:
         "precision": args.precision,
         "logits": args.logits,
         "layout": args.layout,
+        "dims": {"max_length": args.max_length} if args.max_length else None,
         "random_weights": args.random_weights,
         "trust_remote_code": args.trust_remote_code,
         "require": args.require,

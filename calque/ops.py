@@ -45,6 +45,18 @@ def _(past: Tensor, new: Tensor, state: str) -> Tensor:
     return torch.cat([past, new], dim=2)
 
 
+@torch.library.custom_op("calque::write_slots", mutates_args=())
+def write_slots(past: Tensor, new: Tensor, write_indices: Tensor) -> Tensor:
+    """Return ``past`` [B, H, M, D] with ``new`` [B, H, S, D] in the slots of each row from ``write_indices`` [B] on."""
+    slots = write_indices[:, None] + torch.arange(new.shape[2])
+    return past.scatter(2, slots[:, None, :, None].expand_as(new), new)
+
+
+@write_slots.register_fake
+def _(past: Tensor, new: Tensor, write_indices: Tensor) -> Tensor:
+    return torch.empty_like(past)
+
+
 @torch.library.custom_op("calque::attention_mask", mutates_args=())
 def attention_mask(full: Tensor, key_mask: Tensor | None, kind: str, window: int) -> Tensor:
     """Return ``full``, bool [B, 1, Q, K], while saying what it means: a lowering that understands drops ``full``."""

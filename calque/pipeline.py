@@ -29,8 +29,8 @@ from calque.validation.report import Report
 if TYPE_CHECKING:
     from calque.artifact import Limits
     from calque.passes import Pass
-    from calque.session import Session
     from calque.states import StateSpec
+    from calque.validation.bisect import Stage
     from calque.validation.reference import Reference
     from calque.validation.scenarios import Scenario
 
@@ -82,7 +82,7 @@ def emit(recipe: Recipe, target: Target, source: ModelSource, folder: Path, stag
             fixes = "; ".join(dict.fromkeys(problem.fix for problem in problems))
             raise Unsupported(f"{target.name} cannot express {source.id}", [str(problem) for problem in problems], fixes)
         # A scenario that this model has not is said before its weights are written.
-        scenarios_of(recipe, source, bounded(recipe, model.limits), model.states)
+        scenarios_of(recipe, source, model.limits, model.states)
     with stages("lower"):
         lowered = target.lower(model)
     with stages("emit"):
@@ -197,9 +197,10 @@ def resolve(recipe: Recipe, scratch: Path, values: bool = True) -> ModelSource:
 
 
 def trace(recipe: Recipe, source: ModelSource) -> TracedModel:
-    """Return the traced model, its ledger balanced."""
+    """Return the traced model, its ledger balanced, its limits those of the recipe too."""
     model = converters.load(source.task)(source)
     model.weights.check()
+    model.limits = bounded(recipe, model.limits)
     return model
 
 
@@ -246,6 +247,7 @@ def scenarios_of(recipe: Recipe, source: ModelSource, limits: Limits, states: tu
         windows=windows,
         max_positions=getattr(config, "max_position_embeddings", None),
         cached=bool(states),
+        in_slots=any(state.update == "in_place" for state in states),
     )
     wanted = recipe.parity.scenarios
     if wanted == "all":
@@ -268,7 +270,6 @@ def first_divergence(
 ) -> list[str]:
     """Return a line that names the first stage and the first layer that diverge, for the first scenario that failed."""
     from calque.validation.bisect import bisect
-    from calque.validation.drive import ModelIO
     from calque.validation.eager import eager_states
 
     failed = next(row["name"] for row in rows if row["status"] == "failed")
@@ -277,23 +278,28 @@ def first_divergence(
         return []
     eager = source.load_eager()
     stages = list(sessions(recipe, target, source, artifact))
-    found = bisect(stages, ModelIO.of(artifact), scenario, expected[failed], lambda tokens: eager_states(eager, tokens))
+    found = bisect(stages, scenario, expected[failed], lambda tokens: eager_states(eager, tokens))
     return [f"{failed} {found.text}"] if found else []
 
 
-def sessions(recipe: Recipe, target: Target, source: ModelSource, artifact: Artifact) -> Iterator[tuple[str, Callable[[], Session]]]:
+def sessions(recipe: Recipe, target: Target, source: ModelSource, artifact: Artifact) -> Iterator[Stage]:
     """Yield every stage of the conversion as something that runs: the trace, the graph after each pass, the artifact."""
     from calque.traced_session import TracedSession
+    from calque.validation.bisect import Stage
+    from calque.validation.drive import ModelIO
 
-    def opened(model: TracedModel) -> Callable[[], Session]:
-        return lambda: TracedSession(model)
+    io = ModelIO.of(artifact)
+
+    def stage(name: str, model: TracedModel) -> Stage:
+        # Inputs and states are those of the layout that the cache has so far.
+        return Stage(name, lambda: TracedSession(model), replace(io, inputs=model.inputs, states=model.states))
 
     model = trace(recipe, source)
-    yield "trace", opened(model.copy())
+    yield stage("trace", model.copy())
     for rewrite in plan_of(recipe, target, source):
         passes.run_one(rewrite, model)
-        yield passes.name_of(rewrite), opened(model.copy())
-    yield recipe.target, lambda: target.open(artifact, recipe.threads)
+        yield stage(passes.name_of(rewrite), model.copy())
+    yield Stage(recipe.target, lambda: target.open(artifact, recipe.threads), io)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -333,8 +339,7 @@ def plan(recipe: Recipe, progress: Callable[[str], None] = silent) -> dict[str, 
         with stages("passes"):
             counts = passes.run(plan_of(recipe, target, source), model)
             problems = target.problems(model)
-        limits = bounded(recipe, model.limits)
-        chosen = scenarios_of(recipe, source, limits, model.states)
+        chosen = scenarios_of(recipe, source, model.limits, model.states)
         states = {state.output for state in model.states}
         beside = preflight.companion_bytes(source) + predicted_bytes(chosen, [spec for spec in model.outputs if spec.name not in states])
     return {
@@ -345,6 +350,6 @@ def plan(recipe: Recipe, progress: Callable[[str], None] = silent) -> dict[str, 
         "nodes": {"traced": traced, "after passes": len(model.graph.nodes)},
         "passes": counts,
         "states": len(model.states),
-        "limits": asdict(limits),
+        "limits": asdict(model.limits),
         "problems": [asdict(problem) for problem in problems],
     }

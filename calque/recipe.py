@@ -246,7 +246,7 @@ class Recipe(_Settings):
         matrix = data.get("matrix")
         if isinstance(matrix, dict) and set(matrix) & set(flags):
             data["matrix"] = {axis: cells for axis, cells in matrix.items() if axis not in flags} or None
-        for key in ("options", "parity"):
+        for key in ("options", "parity", "dims"):
             if isinstance(data.get(key), dict) and isinstance(flags.get(key), dict):
                 flags[key] = {**data[key], **flags[key]}
         return cls.model_validate({**data, **flags}, context=(Origin(str(path), document, frozenset(flags)), names))

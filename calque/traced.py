@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
@@ -21,6 +22,8 @@ from calque.states import StateSpec
 from calque.weights import Derived, Weight, WeightTable
 
 if TYPE_CHECKING:
+    from sympy import Symbol
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.export import ExportedProgram
 
 
@@ -103,17 +106,29 @@ class TracedModel:
         self.outputs = tuple(self.outputs[i] for i in kept)
         self._rebuild_call_spec()
 
-    def add_input(self, spec: TensorSpec, value: torch.Tensor) -> Node:
-        """Return a new last user input named ``spec.name``; ``value`` is fake, of the program's own fake mode."""
-        last = [*self._nodes_by_name().values()][-1]
+    def add_input(self, spec: TensorSpec, value: torch.Tensor, before: str | None = None) -> Node:
+        """Return a new user input named ``spec.name``, the last or ``before`` another; ``value`` is fake, of the program's own mode."""
+        nodes, names = self.placeholders(), [known.name for known in self.inputs]
+        place = names.index(before) if before else len(names)
+        last = nodes[names[place]].prev if before else [*self._nodes_by_name().values()][-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(spec.name)
         node.meta["val"] = value
-        signature = self.program.graph_signature
-        signature.input_specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(name=node.name), target=None))
-        self.inputs = (*self.inputs, spec)
+        specs = self.program.graph_signature.input_specs
+        users = [i for i, known in enumerate(specs) if known.kind == InputKind.USER_INPUT]
+        specs.insert(users[place] if before else len(specs), InputSpec(InputKind.USER_INPUT, TensorArgument(name=node.name), target=None))
+        self.inputs = (*self.inputs[:place], spec, *self.inputs[place:])
         self._rebuild_call_spec()
         return node
+
+    def drop_input(self, name: str) -> None:
+        """Leave the model without a user input that nothing reads."""
+        node = self.placeholders()[name]
+        specs = self.program.graph_signature.input_specs
+        specs[:] = [spec for spec in specs if spec.arg.name != node.name]
+        self.graph.erase_node(node)
+        self.inputs = tuple(spec for spec in self.inputs if spec.name != name)
+        self._rebuild_call_spec()
 
     def rename_inputs(self, names: dict[str, TensorSpec]) -> None:
         """Give the inputs in ``names`` the specs they map to."""
@@ -164,12 +179,21 @@ class TracedModel:
         for spec, node in zip(signature.output_specs, returned, strict=True):
             spec.arg = TensorArgument(name=node.name)
 
+    def propagate(self, size: Symbol) -> None:
+        """No fake value has ``size`` in its shape: those that had follow anew from the inputs, which a pass has given others."""
+        mode = self.placeholders()["input_ids"].meta["val"].fake_mode
+        for node in self.graph.nodes:
+            sizes = [part for leaf in pytree.tree_leaves(node.meta.get("val")) for part in getattr(leaf, "shape", (leaf,))]
+            if node.op == "call_function" and any(isinstance(part, torch.SymInt) and part.node.expr.has(size) for part in sizes):
+                refresh(node, mode)
+
     def _rebuild_call_spec(self) -> None:
         entry = self.program.module_call_graph[0].signature
         assert entry is not None
         flat_inputs = tuple(range(len(self.inputs)))
         entry.in_spec = pytree.tree_structure((flat_inputs, {}))
         entry.out_spec = pytree.tree_structure(tuple(range(len(self.outputs))))
+        entry.forward_arg_names = None  # of the model's own forward
 
     def bind(self) -> list[torch.Tensor]:
         """Return the real tensor of every parameter, buffer and constant, in the order of the placeholders.
@@ -240,9 +264,9 @@ def call(graph: torch.fx.Graph, target: Any, *args: Any, **keywords: Any) -> Nod
     return node
 
 
-def refresh(node: Node) -> None:
-    """Recompute the fake value of a node from its arguments, in the program's own fake mode."""
-    values = torch.fx.node.map_arg(node.args, lambda argument: argument.meta["val"])
-    mode = next(value for value in pytree.tree_leaves(values) if hasattr(value, "fake_mode")).fake_mode
-    with mode:
-        node.meta["val"] = node.target(*values, **node.kwargs)  # type: ignore[operator]
+def refresh(node: Node, mode: FakeTensorMode | None = None) -> None:
+    """Recompute the fake value of a node from its arguments, in the program's own fake mode: given, or that of an argument."""
+    arguments, keywords = torch.fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
+    mode = mode or next(value for value in pytree.tree_leaves(arguments) if hasattr(value, "fake_mode")).fake_mode
+    with mode, enable_python_dispatcher():  # as while tracing: some shapes are worked out in Python alone
+        node.meta["val"] = node.target(*arguments, **keywords)  # type: ignore[operator]

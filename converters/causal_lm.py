@@ -110,7 +110,7 @@ def guard(source: ModelSource) -> None:
 def build(source: ModelSource, mode: FakeTensorMode) -> PreTrainedModel:
     """Return the model in float32 with fake parameters, its attention, masks and experts replaced by semantic operators.
 
-    Architectures with attention code of their own are left on it and stay ATen.
+    Architectures with attention code of their own are left on it and stay ATen; their masks say what they mean all the same.
     """
     semantic.register()
     config = copy.deepcopy(source.config)
@@ -123,6 +123,8 @@ def build(source: ModelSource, mode: FakeTensorMode) -> PreTrainedModel:
     backbone = type(model)
     if backbone._can_set_attn_implementation() and not _own_table_of_attentions(backbone):
         model.set_attn_implementation(semantic.NAME)
+    else:
+        model.config._attn_implementation = semantic.ADDED
     if backbone._can_set_experts_implementation():
         model.set_experts_implementation(semantic.NAME)
     return model

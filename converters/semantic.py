@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers import DynamicCache
 from transformers import masking_utils as masks
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -27,6 +28,8 @@ from transformers.modeling_utils import AttentionInterface
 from calque import ops
 
 NAME = "calque"
+# For attention that is the model's own code: the same mask, to be added to its scores.
+ADDED = "calque_added"
 
 # Which meaning a mask has is said by the function that a model calls to make it. Its local size is the window.
 _KINDS: dict[CodeType, str] = {
@@ -132,6 +135,15 @@ def semantic_mask(
     return masked
 
 
+def added_mask(dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
+    """Return the mask of one kind of layer as what is added to scores: 0, or the lowest number where a key is hidden."""
+    given, keys = kwargs.get("attention_mask"), kwargs.get("kv_length")
+    if given is not None and not statically_known_true(given.shape[-1] == keys):
+        # GIT counts an image among its keys, of which the attention mask knows nothing.
+        return masks.eager_mask(dtype=dtype, **kwargs)
+    return torch.where(semantic_mask(**kwargs), 0.0, torch.finfo(dtype).min).to(dtype)
+
+
 def all_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Return the mixture, [T, H], computed as every expert on every token, weighted by its routing weight or zero.
 
@@ -206,7 +218,8 @@ class TracedCache(RecordingCache):
 
 
 def register() -> None:
-    """Make ``attn_implementation="calque"`` and ``experts_implementation="calque"`` known to transformers."""
+    """Make ``attn_implementation="calque"``, the mask of ``calque_added`` and ``experts_implementation="calque"`` known to transformers."""
     AttentionInterface.register(NAME, semantic_attention)
     masks.AttentionMaskInterface.register(NAME, semantic_mask)
+    masks.AttentionMaskInterface.register(ADDED, added_mask)
     ALL_EXPERTS_FUNCTIONS.register(NAME, all_experts)

@@ -81,6 +81,8 @@ def tidy(model: TracedModel) -> int:
             node.target = LOGICAL[node.target]
             count += 1
     model.drop_unused_parameters()
+    # With them, export would check inputs against the trace's whenever it traces again; passes add, drop and reshape some.
+    model.program._example_inputs = None
     model.finish_rewrite()
     return count
 

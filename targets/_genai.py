@@ -77,6 +77,8 @@ def obstacle(artifact: Artifact, config: Any, generation: dict[str, Any]) -> str
     states = artifact.states
     if config.model_type not in TYPES:
         return f"it does not know models of type {config.model_type}"
+    if any(state.update == "in_place" for state in states):
+        return "it does not give write_indices, which says where a static cache is written"
     if any(state.kind not in ("key", "value") for state in states):
         return "the model has states besides keys and values"
     if [state.layer for state in states] != [layer for layer in range(len(states) // 2) for _ in "kv"]:

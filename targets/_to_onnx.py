@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 OPSET = 23
+# What came after the last opset that torch.onnx writes: the operator, and the opset that has it.
+SLOTS, SLOTS_OPSET = "TensorScatter", 24
 ASSERTIONS = {torch.ops.aten._assert_scalar.default, torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_async.msg}
 LOWEST = float(torch.finfo(torch.float32).min)
 
@@ -40,6 +42,28 @@ DTYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int
 def ints(*values: int) -> Any:
     """Return a constant int64 tensor."""
     return op.Constant(value_ints=list(values))
+
+
+def placed(name: str, inputs: Sequence[Any], outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+    """Return what an operator gives that no opset of onnxscript knows; a list where it has several outputs.
+
+    It is recorded as torch.onnx's own symbolic operators are. Source: torch/onnx/_internal/exporter/_torchlib/ops/symbolic.py@2.13.
+    """
+    from torch.onnx._internal.exporter import _core, _tensors
+
+    recorder = _core.current_tracer
+    assert recorder is not None, "only a translation that runs may place operators"
+    given = list(inputs)
+    while given and given[-1] is None:
+        given.pop()
+    made = [_tensors.SymbolicTensor(recorder.opset) for _ in range(outputs)]
+    recorder.nodes.append(ir.Node(domain, name, given, ir.convenience.convert_attributes(attributes), outputs=made, version=1))
+    return made[0] if outputs == 1 else made
+
+
+def write_slots(past: Any, new: Any, write_indices: Any) -> Any:
+    """Return ``TensorScatter``, which ONNX Runtime does in place where input and output are bound to the same memory."""
+    return placed(SLOTS, [past, new, write_indices], axis=-2)
 
 
 def attention(q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float, sinks: Any, causal: bool) -> Any:
@@ -150,6 +174,7 @@ STANDARD: Table = {
     torch.ops.calque.attention_mask.default: lambda full, key_mask, kind, window: op.Identity(full),
     torch.ops.calque.attention.default: attention,
     torch.ops.calque.keep_last.default: keep_last,
+    torch.ops.calque.write_slots.default: write_slots,
     torch.ops.aten.linear.default: linear,
 }
 
@@ -182,7 +207,7 @@ def problems(model: TracedModel, table: Table) -> list[Problem]:
 
 def _way_out(node: Node) -> str:
     unsettled = node.target is torch.ops.calque.cache_update.default
-    return "add the pass cache_dynamic, which settles states" if unsettled else "use a model without it"
+    return "add the pass cache_dynamic or cache_static, which settle states" if unsettled else "use a model without it"
 
 
 def to_onnx(model: TracedModel, table: Table = STANDARD) -> ir.Model:
@@ -353,4 +378,7 @@ def _simplify(lowered: ir.Model) -> None:
         stock.RemoveUnusedOpsetsPass(),
     ):
         rewrite(lowered)
+    if any(node.op_type == SLOTS for node in lowered.graph):
+        # 24 only added types to what 23 has: the other operators mean the same.
+        lowered.opset_imports[""] = SLOTS_OPSET
     lowered.graph.name = "main"

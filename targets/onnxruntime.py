@@ -2,7 +2,7 @@
 
 ::
 
-    model.onnx          the graph, opset 23
+    model.onnx          the graph, opset 23; 24 with a static cache
     model.onnx.data     the weights, tied ones once, written one tensor at a time
     genai_config.json   of a causal language model that onnxruntime-genai knows
 
@@ -36,15 +36,19 @@ class OnnxRuntime:
     """``operators``: ``fused`` are ONNX Runtime's own, ``standard`` run on any runtime of their opset.
 
     ``padding``: where a row of a batch may have some. ``right`` and ``none`` let attention turn queries and keys by itself.
+    ``cache``: ``dynamic`` grows from call to call, ``static`` is slots that are written in place, ``dims.max_length`` of them.
     """
 
     operators: Literal["fused", "standard"] = "fused"
     padding: Literal["any", "right", "none"] = "any"
+    cache: Literal["dynamic", "static"] = "dynamic"
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
         if self.operators == "standard" and self.padding != "any":
             raise ValueError(f"padding: {self.padding} belongs to operators: fused; standard ones take padding anywhere")
+        if self.cache == "static" and self.padding != "any":
+            raise ValueError(f"padding: {self.padding} belongs to cache: dynamic; slots are filled from 0, so padding is on the right")
 
     name: ClassVar[str] = "onnxruntime"
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
@@ -52,6 +56,7 @@ class OnnxRuntime:
     def passes(self, precision: str) -> tuple[Pass, ...]:
         """Return the passes of this target, in order."""
         from calque.passes.cache_dynamic import CacheDynamic
+        from calque.passes.cache_static import CacheStatic
         from calque.passes.fuse_grouped_attention import FuseGroupedAttention
         from calque.passes.fuse_residual_norm import FuseResidualNorm
         from calque.passes.fuse_rms_norm import FuseRmsNorm
@@ -59,8 +64,11 @@ class OnnxRuntime:
         from calque.passes.merge_qkv import MergeQkv
         from calque.passes.transpose_linear import TransposeLinear
 
+        cache = CacheStatic() if self.cache == "static" else CacheDynamic()
         if self.operators == "standard":
-            return (FuseRmsNorm(), FuseRotary(), CacheDynamic(), TransposeLinear())  # what follows, in operators of the standard
+            return (FuseRmsNorm(), FuseRotary(), cache, TransposeLinear())  # what follows, in operators of the standard
+        if self.cache == "static":
+            return (FuseRmsNorm(), FuseRotary(), FuseResidualNorm(), cache, TransposeLinear())  # the standard's attention reads slots
         return (
             FuseRmsNorm(),  # five operators a norm become one
             FuseRotary(),  # ten operators a head turned become one
@@ -101,7 +109,7 @@ class OnnxRuntime:
         """Return flat, and transformers.js where that has a name for the precision."""
         from calque.targets._transformers_js import DTYPES
 
-        return ("flat", "transformers.js") if precision in DTYPES else ("flat",)
+        return ("flat", "transformers.js") if precision in DTYPES and self.cache == "dynamic" else ("flat",)
 
     def finish(self, artifact: Artifact, config: PreTrainedConfig) -> tuple[Artifact, list[str]]:
         """Return the artifact in the layout its recipe asks for, with genai_config.json where onnxruntime-genai can run it."""

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from calque.validation.reference import Reference
     from calque.validation.scenarios import Scenario
 
-Stage = tuple[str, "Callable[[], Session]"]
+
+@dataclass(frozen=True)
+class Stage:
+    """The model after one step of its conversion: its name, what opens it, and its inputs and states, which a cache pass changes."""
+
+    name: str
+    open: Callable[[], Session]
+    io: ModelIO
 
 
 @dataclass(frozen=True)
@@ -32,38 +39,40 @@ class Divergence:
 
 
 def bisect(
-    stages: Sequence[Stage], io: ModelIO, scenario: Scenario, references: Mapping[str, Reference], eager: EagerStates | None = None
+    stages: Sequence[Stage], scenario: Scenario, references: Mapping[str, Reference], eager: EagerStates | None = None
 ) -> Divergence | None:
     """Return where the scenario first diverges, None if every stage passes it.
 
-    ``stages`` are in pipeline order and share ``io``. States are compared with the eager model's for each row alone or,
-    without ``eager``, with those of the stage before, if that one passed.
+    ``stages`` are in pipeline order. States are compared with the eager model's for each row alone or, without ``eager``,
+    with those of the stage before, if that one passed.
     """
-    before: Session | None = None
-    for name, open_stage in stages:
-        session = open_stage()
-        row = compare(session, io, scenario, references)
+    before: tuple[Session, ModelIO] | None = None
+    for stage in stages:
+        session = stage.open()
+        row = compare(session, stage.io, scenario, references)
         if row["status"] == "failed":
-            return _within(name, session, io, scenario, row, _expected(io, scenario, before, eager))
-        before = session
+            return _within(stage.name, session, stage.io, scenario, row, _expected(scenario, before, eager))
+        before = session, stage.io
     return None
 
 
 Expected = Callable[[Answer], StateOf]
 
 
-def _expected(io: ModelIO, scenario: Scenario, before: Session | None, eager: EagerStates | None) -> Expected | None:
+def _expected(scenario: Scenario, before: tuple[Session, ModelIO] | None, eager: EagerStates | None) -> Expected | None:
     """Return what gives, for a call, the expected state of one row at its valid positions: [heads, positions, size]."""
     if eager is not None:
         return lambda answer: from_eager(eager, scenario, answer)
     if before is None:
         return None
     # Both are driven in step, so that only one call's outputs of each are held.
-    earlier = answers(before, io, scenario)
+    session, io = before
+    earlier = answers(session, io, scenario)
+    specs = {state.output: state for state in io.states}
 
     def from_stage(answer: Answer) -> StateOf:
         same = next(earlier)
-        return lambda spec, row: valid_slots(spec, same, row)
+        return lambda spec, row: valid_slots(specs[spec.output], same, row)
 
     return from_stage
 

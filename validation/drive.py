@@ -13,7 +13,7 @@ import numpy as np
 from calque.artifact import NUM_LOGITS_TO_KEEP, TensorSpec
 from calque.errors import ParityFailed, UsageError
 from calque.states import StateSpec
-from calque.validation.scenarios import PAD, Scenario, calls
+from calque.validation.scenarios import PAD, Scenario, calls, pad
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.generic]
 
-PLAIN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", NUM_LOGITS_TO_KEEP)
+PLAIN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "write_indices", "kv_lengths", NUM_LOGITS_TO_KEEP)
 # How configs call the number of their layers.
 DEPTHS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 
@@ -69,6 +69,11 @@ class ModelIO:
     def layers(self) -> int:
         """How many layers there are, as far as states and config tell; at least 1."""
         return max((self.depth, *(state.layer + 1 for state in self.states)))
+
+    @property
+    def in_slots(self) -> bool:
+        """Whether keys and values lie in slots of a fixed number: a row's tokens fill its own from 0, padding takes none."""
+        return any(state.update == "in_place" for state in self.states)
 
     @property
     def dtype(self) -> str:
@@ -142,9 +147,11 @@ def answers(session: Session, io: ModelIO, scenario: Scenario) -> Iterator[Answe
         if call.fresh:
             states = {spec.input: _empty(spec, batch) for spec in io.states}
             history = history[:, :0]
-        history = np.concatenate([history, call.index], axis=1)
+        held, history = _held(history), np.concatenate([history, call.index], axis=1)
         tokens = np.stack([np.where(index == PAD, io.pad_id, row[index]) for row, index in zip(rows, call.index, strict=True)])
-        plain = _plain_inputs(io, tokens, history, number)
+        plain = _plain_inputs(io, tokens, held, history, number)
+        if io.in_slots:
+            history = pad(_held(history), "right")
         outputs = session(io.graph, {**plain, **states})
         keep = int(plain[NUM_LOGITS_TO_KEEP]) if NUM_LOGITS_TO_KEEP in plain else None
         answer = Answer(number, call.index, history, call.beyond, keep, outputs)
@@ -152,8 +159,15 @@ def answers(session: Session, io: ModelIO, scenario: Scenario) -> Iterator[Answe
         states = {spec.input: state_of(answer, spec) for spec in io.states}
 
 
-def _plain_inputs(io: ModelIO, tokens: NDArray[np.int64], history: NDArray[np.int64], number: int) -> dict[str, Array]:
-    """Return the inputs that are no states; a graph may lack some of them."""
+def _held(history: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return how many tokens each row holds, int64 [B]."""
+    return np.asarray((history != PAD).sum(axis=1), dtype=np.int64)
+
+
+def _plain_inputs(
+    io: ModelIO, tokens: NDArray[np.int64], held: NDArray[np.int64], history: NDArray[np.int64], number: int
+) -> dict[str, Array]:
+    """Return the inputs that are no states; a graph may lack some of them. ``held``: tokens of each row before the call."""
     names = {spec.name for spec in io.inputs} - {spec.input for spec in io.states}
     if unknown := sorted(names - set(PLAIN_INPUTS)):
         raise UsageError("the parity gate cannot fill these inputs of the graph", unknown, "give them a rule in calque/validation/drive.py")
@@ -165,6 +179,8 @@ def _plain_inputs(io: ModelIO, tokens: NDArray[np.int64], history: NDArray[np.in
         "attention_mask": mask,
         "token_type_ids": segments(mask, positions)[:, new],
         "position_ids": np.ascontiguousarray(positions[:, new]),
+        "write_indices": held,
+        "kv_lengths": _held(history).astype(np.int32),
         # 0 keeps all; pieces of a prompt and every other step ask for the last one alone.
         NUM_LOGITS_TO_KEEP: np.array(number % 2, dtype=np.int64),
     }

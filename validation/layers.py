@@ -90,7 +90,7 @@ def layer_parity(session: Session, io: ModelIO, scenario: Scenario, eager: State
 
 def growing_states(io: ModelIO) -> list[StateSpec]:
     """Return the states that hold every position, by layer: those whose values can be compared one by one."""
-    return sorted((spec for spec in io.states if spec.update == "append"), key=lambda spec: spec.layer)
+    return sorted((spec for spec in io.states if spec.update in ("append", "in_place")), key=lambda spec: spec.layer)
 
 
 def from_eager(eager: EagerStates, scenario: Scenario, answer: Answer) -> StateOf:

@@ -29,6 +29,8 @@ LONGEST = 8192
 # Longer limits are not driven to their end: the row would cost more than it could show.
 SMALL_MAX_LENGTH = 2048
 FEW_POSITIONS = 128
+# A cache of fewer slots has no room for a short row beside a full one.
+FEWEST_SLOTS = 8
 # What the logits of one call may take where a scenario is free to cut the prompt.
 LOGITS_BYTES = 256 << 20
 
@@ -36,7 +38,7 @@ LOGITS_BYTES = 256 << 20
 # Every name that `build` can give; a number is a window, or a length at which the rotary frequencies change.
 NAMES = re.compile(
     r"single-prompt|ragged-(left|right)|chunked-prefill(-batch|-left)?|batch-[25]|untraced-length|length-1(-left|-right)?"
-    r"|past-window-\d+(-left|-right)?|across-window-\d+|beyond-\d+|across-\d+(-left|-right)?|continued-past-\d+|(past-)?full-length"
+    r"|past-window-\d+(-left|-right)?|across-window-\d+|beyond-\d+|across-\d+(-left|-right)?|continued-past-\d+|(past-)?full-length|full-length-right"
 )
 
 
@@ -146,6 +148,7 @@ def build(
     max_positions: int | None = None,
     cached: bool = True,
     longest: int = LONGEST,
+    in_slots: bool = False,
     seed: int = 0,
 ) -> list[Scenario]:
     """Return every scenario the limits allow, and refusals for those they forbid; the same list for equal arguments.
@@ -153,20 +156,27 @@ def build(
     ``excluded``: token ids never fed (special ones). ``windows``: the sliding windows among the artifact's states.
     ``max_positions``: what the config says the model was made for; rows stay within it. ``cached``: whether a call
     continues from the one before; without a cache every text is one call.
+    ``in_slots``: the cache has a fixed number of slots; they are filled to the last, and calls of padding alone change nothing.
     """
     ceiling = min(length for length in (limits.max_length, max_positions, 1 << 62) if length)
-    shapes = [*_basic(), *_window_shapes(limits, windows), *_recompute_shapes(limits), *_full_length_shapes(limits, max_positions, cached)]
+    shapes = [
+        *_basic(),
+        *_window_shapes(limits, windows),
+        *_recompute_shapes(limits),
+        *_full_length_shapes(limits, max_positions, cached, longest if in_slots else SMALL_MAX_LENGTH),
+        *(_last_slot_shapes(limits, longest) if in_slots else ()),
+    ]
     if not cached:
         shapes = [replace(shape, decode=0) for shape in shapes if not shape.chunks]
     shapes = [shape for shape in shapes if shape.longest <= ceiling or not shape.lawful]
     run = [shape for shape in shapes if shape.longest <= longest]
     pool = _pool(max((shape.longest for shape in run), default=0), vocab_size, excluded, seed)
-    return [_fill(shape, limits, pool, longest, vocab_size, cached) for shape in shapes]
+    return [_fill(shape, limits, pool, longest, vocab_size, cached, in_slots) for shape in shapes]
 
 
 def unknown(names: Iterable[str]) -> dict[str, str]:
     """Return the names that no scenario of any model has, each with the nearest that some model's has."""
-    fixed = [shape.name for shape in _basic()] + ["full-length", "past-full-length"]
+    fixed = [shape.name for shape in _basic()] + ["full-length", "past-full-length", "full-length-right"]
     return {name: nearest(name, fixed) for name in names if not NAMES.fullmatch(name)}
 
 
@@ -177,8 +187,10 @@ def _pool(length: int, vocab_size: int, excluded: Iterable[int], seed: int) -> l
     return [tuple(int(i) for i in np.random.default_rng([seed, row]).choice(allowed, length)) for row in range(POOL)]
 
 
-def _fill(shape: _Shape, limits: Limits, pool: list[tuple[int, ...]], longest: int, vocab_size: int, cached: bool) -> Scenario:
-    refuse = shape.refuse or _forbidden(shape, limits)
+def _fill(
+    shape: _Shape, limits: Limits, pool: list[tuple[int, ...]], longest: int, vocab_size: int, cached: bool, in_slots: bool
+) -> Scenario:
+    refuse = shape.refuse or _forbidden(shape, limits, in_slots)
     not_run = f"needs rows of {shape.longest} tokens, the longest tried is {longest}" if shape.longest > longest else ""
     chunks = () if not_run or refuse or shape.chunks or not cached else _chunks(shape, limits, vocab_size)
     return Scenario(
@@ -195,14 +207,21 @@ def _fill(shape: _Shape, limits: Limits, pool: list[tuple[int, ...]], longest: i
     )
 
 
-def _forbidden(shape: _Shape, limits: Limits) -> str:
+def _forbidden(shape: _Shape, limits: Limits, in_slots: bool) -> str:
     """Return the limit that forbids the shape, or nothing."""
     padded = len(set(shape.prompts)) > 1
-    if padded and (limits.padding == "none" or (limits.padding == "right" and shape.padding == "left")):
+    left = shape.padding == "left" and not (in_slots and _ends_with_calls(shape))
+    if padded and (limits.padding == "none" or (limits.padding == "right" and left)):
         return f"padding: {limits.padding}"
     if shape.chunks and len(shape.prompts) > 1 and not limits.batched_chunk:
         return "batched_chunk: false"
     return ""
+
+
+def _ends_with_calls(shape: _Shape) -> bool:
+    """Return whether the padding before each row ends where a call does, so that no call has a token after padding."""
+    ends = {sum(shape.chunks[:count]) for count in range(len(shape.chunks) + 1)}
+    return all(max(shape.prompts) - prompt in ends for prompt in shape.prompts)
 
 
 def _chunks(shape: _Shape, limits: Limits, vocab_size: int) -> tuple[int, ...]:
@@ -259,11 +278,11 @@ def _recompute_shapes(limits: Limits) -> Iterator[_Shape]:
     yield _Shape(f"continued-past-{limit}", f"must be refused: {why}", (short,), decode=8, lawful=False, refuse=refuse)
 
 
-def _full_length_shapes(limits: Limits, max_positions: int | None, cached: bool) -> Iterator[_Shape]:
+def _full_length_shapes(limits: Limits, max_positions: int | None, cached: bool, driven: int) -> Iterator[_Shape]:
     # A limit is driven to its end; what the config merely says only where the other scenarios may be too long for it.
     made_for = max_positions if max_positions and max_positions <= FEW_POSITIONS else None
-    length = min((known for known in (limits.max_length, made_for) if known), default=SMALL_MAX_LENGTH + 1)
-    if length > SMALL_MAX_LENGTH:
+    length = min((known for known in (limits.max_length, made_for) if known), default=driven + 1)
+    if length > driven:
         return
     steps = min(4, length - 1) if cached else 0
     yield _Shape("full-length", f"up to exactly {length} tokens", (length - steps,), decode=steps)
@@ -272,3 +291,11 @@ def _full_length_shapes(limits: Limits, max_positions: int | None, cached: bool)
     refuse = f"max_length: {length}"
     beyond, step = (length, 1) if cached else (length + 1, 0)
     yield _Shape("past-full-length", f"must be refused: more than {length} tokens", (beyond,), decode=step, lawful=False, refuse=refuse)
+
+
+def _last_slot_shapes(limits: Limits, driven: int) -> Iterator[_Shape]:
+    length = limits.max_length
+    if length is None or not FEWEST_SLOTS <= length <= driven:
+        return
+    why = f"a row that ends in slot {length} beside one whose padding is written as far and is then overwritten"
+    yield _Shape("full-length-right", why, (length - 4, length // 3), "right", decode=4)

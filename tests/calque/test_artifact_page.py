@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +19,11 @@ from tests.tiny_encoders import VOCABULARY, save_encoder, save_pooling
 from tests.tiny_models import TINY, save_random
 
 PAGE = Path(__file__).parents[2] / "docs" / "artifact.md"
-GENERATOR, ENCODER = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+GENERATOR, STATIC, ENCODER = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def converted(model: Path, out: Path) -> Artifact:
-    return convert(Recipe(model=str(model), target="onnxruntime", parity=Parity(scenarios=("single-prompt",))), out)
+def converted(model: Path, out: Path, **options: Any) -> Artifact:
+    return convert(Recipe(model=str(model), target="onnxruntime", options=options, parity=Parity(scenarios=("single-prompt",))), out)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "llama").mkdir()
     save_random(TINY["llama"], folder / "llama")
     converted(folder / "llama", folder / "quill")
+    converted(folder / "llama", folder / "static", cache="static")
     model = save_pooling(save_encoder(folder / "bert", "bert"), "Pooling", pooling_mode="mean")
     words = ["[PAD]", "[UNK]", *"a cat sat on the mat it rains".split()]  # noqa: SIM905
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
@@ -54,6 +56,13 @@ def test_the_program_of_a_generator_gives_logits_and_states(place: Path, monkeyp
     outputs = run(GENERATOR, place, monkeypatch)["outputs"]
     assert outputs["logits"].shape[:2] == (2, 3)
     assert outputs["present.0.key"].shape[2] == 3
+
+
+def test_the_program_of_a_static_cache_writes_its_slots_in_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run(STATIC, place, monkeypatch)
+    assert found["logits"].shape[:2] == (2, 3)
+    keys = found["kept"]["past_key_values.0.key"].numpy()
+    assert [bool(keys[:, :, slot].any()) for slot in range(4)] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("text", ["it rains", "it rains " * 300], ids=["short", "longer than the model"])

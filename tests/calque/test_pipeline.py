@@ -230,7 +230,7 @@ def test_plan_says_what_would_come_out_and_keeps_nothing(converted: Artifact, tm
 def test_stages_for_the_search_are_the_trace_each_pass_and_the_target(converted: Artifact) -> None:
     asked, target = recipe(), pipeline.open_target(recipe())
     stages = list(pipeline.sessions(asked, target, source_of("llama"), converted))
-    assert [name for name, _ in stages] == ["trace", *(passes.name_of(step) for step in target.passes("fp32")), "onnxruntime"]
+    assert [stage.name for stage in stages] == ["trace", *(passes.name_of(step) for step in target.passes("fp32")), "onnxruntime"]
 
 
 CONVERSION = textwrap.dedent("""

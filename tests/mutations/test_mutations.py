@@ -11,7 +11,7 @@ from calque import passes
 from calque.passes.transpose_linear import TransposeLinear
 from calque.session import Session
 from calque.traced import TracedModel
-from calque.validation.bisect import Divergence, bisect
+from calque.validation.bisect import Divergence, Stage, bisect
 from calque.validation.eager import eager_states
 from tests.mutations import measure, onnx_mutations
 from tests.mutations.attention_mutations import learned_position_off_by_one
@@ -86,13 +86,13 @@ def test_a_rotation_common_to_queries_and_keys_passes() -> None:
 
 def first_divergence(gate: TracedGate, planted: TracedModel, artifact: Callable[[], Session]) -> Divergence:
     stages = (
-        ("trace", lambda: gate.session(gate.traced)),
-        ("cache_dynamic", lambda: gate.session(gate.settled)),
-        ("transpose_linear", lambda: gate.session(planted)),
-        ("onnxruntime", artifact),
+        Stage("trace", lambda: gate.session(gate.traced), gate.io),
+        Stage("cache_dynamic", lambda: gate.session(gate.settled), gate.io),
+        Stage("transpose_linear", lambda: gate.session(planted), gate.io),
+        Stage("onnxruntime", artifact, gate.io),
     )
     [scenario] = (scenario for scenario in gate.scenarios if scenario.name == "ragged-left")
-    found = bisect(stages, gate.io, scenario, gate.references[scenario.name], partial(eager_states, gate.source.load_eager()))
+    found = bisect(stages, scenario, gate.references[scenario.name], partial(eager_states, gate.source.load_eager()))
     assert found is not None
     return found
 

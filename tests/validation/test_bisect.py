@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from calque.session import Session
-from calque.validation.bisect import Divergence, bisect
+from calque.validation.bisect import Divergence, Stage, bisect
 from calque.validation.drive import ModelIO
 from calque.validation.eager import eager_states
 from tests.eager_session import EagerSession
@@ -18,10 +18,11 @@ from tests.validation.test_gate import nan_in_padded_slots, present_before_updat
 
 def find(broken: Session, scenario: str = "ragged-left", name: str = "gemma3_text", with_eager: bool = True) -> Divergence | None:
     made = gate(name)
-    stages = [("traced", made.session), ("cache_dynamic", lambda: broken), ("artifact", lambda: broken)]
+    io = ModelIO.of(made.artifact)
+    stages = [Stage("traced", made.session, io), Stage("cache_dynamic", lambda: broken, io), Stage("artifact", lambda: broken, io)]
     [picked] = made.pick(scenario)
     eager = (lambda tokens: eager_states(made.model, tokens)) if with_eager else None
-    return bisect(stages, ModelIO.of(made.artifact), picked, made.references[scenario], eager)
+    return bisect(stages, picked, made.references[scenario], eager)
 
 
 def off(name: str, parameter: str, factor: float) -> EagerSession:

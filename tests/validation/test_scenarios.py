@@ -143,3 +143,22 @@ def test_every_name_that_can_be_built_is_known_and_a_typo_is_not() -> None:
     typos = ["ragged-letf", "batch-3", "past-window-x-left", "single-prompt ", "all"]
     assert list(unknown([*typos, "batch-2"])) == typos
     assert unknown(typos)["ragged-letf"] == "; did you mean `ragged-left`?"
+
+
+def test_slots_are_filled_to_the_last_however_many() -> None:
+    limits = Limits(padding="right", max_length=3000)
+    assert "full-length" not in {scenario.name for scenario in build(limits, 100)}
+    found = {scenario.name: scenario for scenario in build(limits, 100, in_slots=True)}
+    assert [max(len(row) for row in found[name].rows) for name in ("full-length", "full-length-right")] == [3000, 3000]
+    assert found["past-full-length"].refuse == "max_length: 3000"
+    assert "full-length-right" not in {scenario.name for scenario in build(Limits(padding="right", max_length=7), 100, in_slots=True)}
+
+
+def test_calls_of_padding_alone_are_lawful_in_slots() -> None:
+    limits = Limits(padding="right", max_length=64)
+    refused = [
+        {scenario.name for scenario in build(limits, 100, in_slots=slots) if scenario.padding == "left" and scenario.refuse}
+        for slots in (False, True)
+    ]
+    assert refused[0] - refused[1] == {"chunked-prefill-left"}
+    assert "ragged-left" in refused[1]
