@@ -110,7 +110,8 @@ def guard(source: ModelSource) -> None:
 def build(source: ModelSource, mode: FakeTensorMode) -> PreTrainedModel:
     """Return the model in float32 with fake parameters, its attention, masks and experts replaced by semantic operators.
 
-    Architectures with attention code of their own are left on it and stay ATen; their masks say what they mean all the same.
+    Architectures with attention code of their own are left on it and stay ATen; where all of it is their own, their masks say what they
+    mean all the same.
     """
     semantic.register()
     config = copy.deepcopy(source.config)
@@ -123,7 +124,8 @@ def build(source: ModelSource, mode: FakeTensorMode) -> PreTrainedModel:
     backbone = type(model)
     if backbone._can_set_attn_implementation() and not _own_table_of_attentions(backbone):
         model.set_attn_implementation(semantic.NAME)
-    else:
+    elif not any("ALL_ATTENTION_FUNCTIONS" in vars(inspect.getmodule(type(part)) or object) for part in model.modules()):
+        # Where attention is looked up by this name too, it is none that there is.
         model.config._attn_implementation = semantic.ADDED
     if backbone._can_set_experts_implementation():
         model.set_experts_implementation(semantic.NAME)

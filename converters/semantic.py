@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers import DynamicCache
 from transformers import masking_utils as masks
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -137,10 +136,6 @@ def semantic_mask(
 
 def added_mask(dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
     """Return the mask of one kind of layer as what is added to scores: 0, or the lowest number where a key is hidden."""
-    given, keys = kwargs.get("attention_mask"), kwargs.get("kv_length")
-    if given is not None and not statically_known_true(given.shape[-1] == keys):
-        # GIT counts an image among its keys, of which the attention mask knows nothing.
-        return masks.eager_mask(dtype=dtype, **kwargs)
     return torch.where(semantic_mask(**kwargs), 0.0, torch.finfo(dtype).min).to(dtype)
 
 

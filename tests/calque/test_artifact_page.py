@@ -45,9 +45,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(program: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+def run(program: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.chdir(place)
-    names: dict[str, np.ndarray] = {}
+    names: dict[str, Any] = {}
     exec(compile(program, str(PAGE), "exec"), names)
     return names
 
