@@ -98,8 +98,7 @@ class Decoder:
             "kv_lengths": (self.lengths + new.sum(1)).astype(np.int32),
             NUM_LOGITS_TO_KEEP: np.array(1 if new[:, -1].all() else 0, np.int64),
         }
-        filled = int(self.lengths.max()) + ids.shape[1] if self._states.compact else whole.shape[1]
-        logits = self._states({name: array for name, array in feed.items() if name in self._names}, filled)
+        logits = self._states({name: array for name, array in feed.items() if name in self._names}, whole.shape[1])
         self.lengths, self._mask = self.lengths + new.sum(1), whole
         return logits
 

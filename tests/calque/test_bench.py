@@ -3,6 +3,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +227,35 @@ def test_prompts_are_the_same_each_time_and_rounds_begin_with_another() -> None:
 @pytest.mark.parametrize("threads", [0, 2])
 def test_memory_is_read_at_a_rate_that_memory_has(threads: int) -> None:
     assert 1e8 < bandwidth(threads) < 1e13
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_no_process_is_left_when_the_command_is_ended(tmp_path: Path, how: signal.Signals, code: int) -> None:
+    folders = [str(folder) for folder in write_generators(tmp_path, Limits(), Limits())]
+    command = [sys.executable, "-m", "calque.cli", "bench", *folders, "--rounds", "1000", "--prompt-tokens", "4"]
+    here = Path(__file__).parents[2]
+    # A group of its own, all of which the signal goes to, as Ctrl-C in a terminal does.
+    with subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if "round 1" in line)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.killpg(process.pid, how)
+        said = process.stderr.read()
+    assert len(workers) == 2
+    assert process.returncode == code
+    assert "Traceback" not in said
+    wait_until(lambda: not any(is_running(worker) for worker in workers))
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -68,8 +68,11 @@ def write_static(folder: Path) -> Artifact:
     return _write(folder, nodes, weights, inputs, outputs, states, Limits(padding="right", max_length=SLOTS))
 
 
-def write_grouped(folder: Path, reads_length: bool = False) -> Artifact:
-    """Attention with its cache is one operator; ``reads_length``: another node takes the length of the cache from its shape."""
+def write_grouped(folder: Path, reads_length: bool = False, window: int = -1) -> Artifact:
+    """Attention with its cache is one operator; ``reads_length``: another node takes the length of the cache from its shape.
+
+    ``window``: how many slots each token sees, its own among them; -1 is all.
+    """
     states = _states()
     inputs = [IDS, MASK, *(TensorSpec(state.input, "float32", state.shape) for state in states)]
     outputs = [LOGITS, *(TensorSpec(s.output, "float32", ("batch_size", 1, "total_sequence_length", SIZE)) for s in states)]
@@ -82,6 +85,7 @@ def write_grouped(folder: Path, reads_length: bool = False) -> Artifact:
     }
     attention = ["q", "k", "v", "past_key_values.0.key", "past_key_values.0.value", "last", "total"]
     present = ["present.0.key", "present.0.value"]
+    heads: dict[str, Any] = {"num_heads": 2, "kv_num_heads": 1, "local_window_size": window}
     nodes = [
         *(helper.make_node("Gather", [name, "input_ids"], [name[0]]) for name in ("query", "key", "value")),
         helper.make_node("ReduceSum", ["attention_mask", "one"], ["held"], keepdims=0),
@@ -90,7 +94,7 @@ def write_grouped(folder: Path, reads_length: bool = False) -> Artifact:
         helper.make_node("Shape", ["attention_mask"], ["width"], start=1, end=2),
         helper.make_node("Squeeze", ["width"], ["width_s"]),
         helper.make_node("Cast", ["width_s"], ["total"], to=TensorProto.INT32),
-        helper.make_node("GroupQueryAttention", attention, ["out", *present], domain="com.microsoft", num_heads=2, kv_num_heads=1),
+        helper.make_node("GroupQueryAttention", attention, ["out", *present], domain="com.microsoft", **heads),
         helper.make_node("MatMul", ["out", "head"], ["product" if reads_length else "logits"]),
     ]
     if reads_length:

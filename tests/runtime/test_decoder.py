@@ -38,9 +38,9 @@ def calls_of(steps: int) -> list[tuple[Any, Any]]:
     return [(RAGGED, RAGGED_MASK), *((np.full((3, 1), (7 * step + 1) % VOCABULARY), ones) for step in range(steps))]
 
 
-@pytest.mark.parametrize("reads_length", [False, True])
-def test_a_batch_gives_the_logits_of_states_handed_on_by_hand(tmp_path: Path, reads_length: bool) -> None:
-    artifact = write_grouped(tmp_path, reads_length)
+@pytest.mark.parametrize("made", [{}, {"window": 3}, {"reads_length": True}], ids=["shared", "shared-window", "handed-on"])
+def test_a_batch_gives_the_logits_of_states_handed_on_by_hand(tmp_path: Path, made: dict[str, Any]) -> None:
+    artifact = write_grouped(tmp_path, **made)
     calls = calls_of(ROOM + 8)  # further than a buffer reaches at first
     expected = by_hand(artifact, calls)
     decoder = Decoder(artifact, OnnxRuntimeSession(artifact), rows=3)
@@ -62,7 +62,8 @@ def test_one_buffer_is_past_and_present_where_the_graph_allows_it(tmp_path: Path
         [key] = [buffer for name, buffer in decoder._states._buffers.items() if name.endswith("key")]  # type: ignore[union-attr]
         assert key.shape[2] >= 3
         assert np.array_equal(key[0, 0, :3], table(SIZE, 4)[[1, 2, 3]])
-        assert not key[0, 0, 3:].any()
+        decoder.reset()  # a NaN that stayed would come through masks
+        assert not key.any()
 
 
 def test_reserved_room_is_used_without_a_new_buffer(tmp_path: Path) -> None:
@@ -117,6 +118,17 @@ def test_rows_of_a_static_cache_fill_their_slots_from_the_first(tmp_path: Path) 
         assert np.allclose(second, static_logits([[3, 5, 9, 1, 8], [7, 2, 6], [4, 11]], [[8], [6], [11]]), atol=1e-5)
         assert decoder.lengths.tolist() == [5, 3, 2]
         decoder.reset()
+
+
+def test_padding_uses_no_slot_of_a_static_cache(tmp_path: Path) -> None:
+    artifact = write_static(tmp_path)
+    decoder = Decoder(artifact, OnnxRuntimeSession(artifact))
+    decoder(np.array([[3, 0, 0, 0]]), np.array([[1, 0, 0, 0]]))
+    row = [3]
+    for token in range(5, 5 + SLOTS - 1):
+        row.append(token)
+        assert np.allclose(decoder(np.array([[token]])), static_logits([row], [[token]]), atol=1e-5)
+    assert decoder.lengths.tolist() == [SLOTS]
 
 
 def test_a_static_cache_ends(tmp_path: Path) -> None:
