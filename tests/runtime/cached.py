@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from calque.artifact import Artifact, GraphSpec, Limits, TensorSpec, file_sha256
-from calque.states import StateSpec, key_value_states
+from calque.states import StateSpec, Update, key_value_states
 
 Weights = dict[str, np.ndarray[Any, Any]]
 VOCABULARY, SIZE, SLOTS = 16, 8, 6
@@ -26,24 +26,26 @@ def table(columns: int, seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.random.default_rng(seed).normal(size=(VOCABULARY, columns)).astype(np.float32)
 
 
-def write_static(folder: Path) -> Artifact:
+def write_static(folder: Path, recurrent: Update | None = None) -> Artifact:
     """The logits of a call are ``table[token] + Σ (slot + 1) · key`` over the slots that are valid after it, in every column.
 
     TensorScatter warns when it has to copy the cache, and writes in place where past and present are the same memory.
+    ``recurrent``: a second layer keeps the sum of all token ids, changed in that way, which is added to every logit.
     """
     states = tuple(replace(state, update="in_place", grow_axis=None, shape=("batch_size", 1, SLOTS, SIZE)) for state in _states())
+    names = "past_key_values.1.recurrent", "present.1.recurrent"
+    total = [StateSpec(1, "recurrent", *names, None, recurrent, None, "float32", ("batch_size", 1))] if recurrent else []
     inputs = [
         IDS,
         TensorSpec("position_ids", "int64", ("batch_size", "sequence_length")),
         TensorSpec("write_indices", "int64", ("batch_size",)),
         TensorSpec("kv_lengths", "int32", ("batch_size",)),
-        *(TensorSpec(state.input, "float32", state.shape) for state in states),
+        *(TensorSpec(state.input, "float32", state.shape) for state in (*states, *total)),
     ]
-    outputs = [LOGITS, *(TensorSpec(state.output, "float32", state.shape) for state in states)]
+    outputs = [LOGITS, *(TensorSpec(state.output, "float32", state.shape) for state in (*states, *total))]
     weights: Weights = {
         "embedding": table(SIZE, 1),
         "table": table(VOCABULARY, 2),
-        "heads": np.array([1], np.int64),
         "slots": np.arange(SLOTS, dtype=np.int32)[None],
         "numbers": np.arange(1, SLOTS + 1, dtype=np.float32)[None],
         "axes": np.array([1, 3], np.int64),
@@ -52,7 +54,7 @@ def write_static(folder: Path) -> Artifact:
     }
     nodes = [
         helper.make_node("Gather", ["embedding", "input_ids"], ["flat"]),
-        helper.make_node("Unsqueeze", ["flat", "heads"], ["new"]),
+        helper.make_node("Unsqueeze", ["flat", "one"], ["new"]),
         *(helper.make_node("TensorScatter", [state.input, "new", "write_indices"], [state.output], axis=2) for state in states),
         helper.make_node("ReduceSum", ["present.0.key", "axes"], ["sums"], keepdims=0),
         helper.make_node("Unsqueeze", ["kv_lengths", "one"], ["lengths"]),
@@ -63,9 +65,17 @@ def write_static(folder: Path) -> Artifact:
         helper.make_node("ReduceSum", ["weighted", "one"], ["score"], keepdims=0),
         helper.make_node("Unsqueeze", ["score", "columns"], ["score_3"]),
         helper.make_node("Gather", ["table", "input_ids"], ["row"]),
-        helper.make_node("Add", ["row", "score_3"], ["logits"]),
+        helper.make_node("Add", ["row", "score_3"], ["without" if recurrent else "logits"]),
     ]
-    return _write(folder, nodes, weights, inputs, outputs, states, Limits(padding="right", max_length=SLOTS))
+    if recurrent:
+        nodes += [
+            helper.make_node("Cast", ["input_ids"], ["numbers_f"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceSum", ["numbers_f", "one"], ["more"], keepdims=1),
+            helper.make_node("Add", [names[0], "more"], [names[1]]),
+            helper.make_node("Unsqueeze", [names[1], "one"], ["total"]),
+            helper.make_node("Add", ["without", "total"], ["logits"]),
+        ]
+    return _write(folder, nodes, weights, inputs, outputs, (*states, *total), Limits(padding="right", max_length=SLOTS))
 
 
 def write_grouped(folder: Path, reads_length: bool = False, window: int = -1) -> Artifact:

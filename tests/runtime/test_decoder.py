@@ -13,6 +13,7 @@ from calque.errors import Unsupported, UsageError
 from calque.runtime import OnnxRuntimeSession
 from calque.runtime.decoder import ROOM, Decoder
 from calque.runtime.generate import GreedySequence
+from calque.states import Update
 from tests.runtime.cached import SIZE, SLOTS, VOCABULARY, table, write_grouped, write_static
 from tests.runtime.counting import Counting, write_counting
 
@@ -117,6 +118,19 @@ def test_rows_of_a_static_cache_fill_their_slots_from_the_first(tmp_path: Path) 
         second = decoder(np.array([[8], [6], [11]]))
         assert np.allclose(second, static_logits([[3, 5, 9, 1, 8], [7, 2, 6], [4, 11]], [[8], [6], [11]]), atol=1e-5)
         assert decoder.lengths.tolist() == [5, 3, 2]
+        decoder.reset()
+
+
+@pytest.mark.parametrize("update", ["replace", "in_place"])
+def test_a_recurrent_state_goes_along_with_a_static_cache(tmp_path: Path, update: Update) -> None:
+    artifact = write_static(tmp_path, recurrent=update)
+    decoder = Decoder(artifact, OnnxRuntimeSession(artifact), rows=2)
+    for _ in range(2):
+        rows: list[list[int]] = [[], []]
+        for new in ([[3, 5], [7, 2]], [[4], [6]], [[1], [9]]):
+            rows = [row + more for row, more in zip(rows, new, strict=True)]
+            expected = static_logits(rows, new) + np.array([sum(row) for row in rows])[:, None, None]
+            assert np.allclose(decoder(np.array(new)), expected, atol=1e-4)
         decoder.reset()
 
 
