@@ -28,6 +28,7 @@ COMMANDS = {
     "convert": "turn a model into an artifact and prove it against the eager model",
     "validate": "check an artifact against the reference it carries; needs onnxruntime, not torch",
     "generate": "continue a text with an artifact",
+    "bench": "measure artifacts side by side: time to the first token, tokens per second, memory; needs onnxruntime, not torch",
     "inspect": "show what an artifact is, what was proved, and whether its files are whole",
     "report": "write what was converted, measured and proved as Markdown, HTML, JUnit XML or JSON; needs no torch",
     "targets": "list the targets and what each needs here",
@@ -202,6 +203,18 @@ def _add_generate(command: Parser) -> None:
     _add_threads(command)
 
 
+def _add_bench(command: Parser) -> None:
+    several = "artifacts that `calque convert` wrote; of several, the others are compared with the first"
+    command.add_argument("folders", type=_path, nargs="+", metavar="FOLDER", help=several)
+    lengths = "lengths of the prompts, of an encoder's texts; 128 and 512 where it is left out"
+    command.add_argument("--prompt-tokens", type=_positive, nargs="+", default=[128, 512], metavar="N", help=lengths)
+    new = "tokens that follow each prompt, the first one included; 64 where it is left out"
+    command.add_argument("--new-tokens", type=_positive, default=64, metavar="N", help=new)
+    rounds = "rounds, in each of which every artifact runs once with every prompt; 3 where it is left out"
+    command.add_argument("--rounds", type=_positive, default=3, metavar="N", help=rounds)
+    _add_threads(command)
+
+
 def _add_report(command: Parser) -> None:
     of = "an artifact, a rejected one, or a folder with the matrix.json of several conversions; may be repeated"
     command.add_argument("folders", type=_path, nargs="+", metavar="FOLDER", help=of)
@@ -235,6 +248,7 @@ _ADDERS: dict[str, Callable[[Any], None]] = {
     "convert": _add_convert,
     "validate": _add_validate,
     "generate": _add_generate,
+    "bench": _add_bench,
     "inspect": _add_folder,
     "report": _add_report,
     "targets": _add_nothing,

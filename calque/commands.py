@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from calque.artifact import Artifact
-from calque.console import parity_table, print_json, table
+from calque.console import LiveText, Progress, parity_table, print_json, table
 from calque.convert_command import convert
 from calque.errors import ArtifactUnreadable, CalqueError, ParityFailed, TargetUnavailable, UsageError
 
@@ -43,13 +43,17 @@ def _validate(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     from calque.runtime.generate import generate
 
-    result = generate(args.folder, args.prompt, args.max_new_tokens, chat=args.chat, threads=args.threads)
+    live = LiveText(sys.stdout) if sys.stdout.isatty() and not args.json else None
+    result = generate(args.folder, args.prompt, args.max_new_tokens, chat=args.chat, threads=args.threads, tell=live)
+    if live is not None:
+        live.end(result["text"])
     for note in filter(None, (_too_long(result), _stopped(result, args.max_new_tokens))):
         print(note, file=sys.stderr)
     if args.json:
         print_json(result)
         return 0
-    print(result["text"])
+    if live is None:
+        print(result["text"])
     facts = [f"{result['prompt_tokens']} prompt tokens", f"{len(result['tokens'])} new"]
     if result["ttft_ms"] is not None:
         facts.append(f"first after {result['ttft_ms']:.0f} ms")
@@ -74,6 +78,17 @@ def _stopped(result: Mapping[str, Any], asked: int) -> str:
     if limit is None or new >= asked or result["prompt_tokens"] + new <= limit:
         return ""
     return f"note: stopped after {new} tokens, at the artifact's max_length of {limit}"
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from calque.bench import Bench, bench
+    from calque.bench_figures import bench_text
+
+    asked = Bench(tuple(args.prompt_tokens), args.new_tokens, args.rounds, args.threads)
+    with Progress(sys.stderr) as progress:
+        found = bench(args.folders, asked, progress)
+    print_json(found) if args.json else print(bench_text(found))
+    return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -164,6 +179,7 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "convert": convert,
     "validate": _validate,
     "generate": _generate,
+    "bench": _bench,
     "inspect": _inspect,
     "report": _report,
     "targets": _targets,

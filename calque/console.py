@@ -62,6 +62,31 @@ class Progress:
             self._live.console.print(f"{now - self._stage_began:7.1f}s  {self._stage}", markup=False, highlight=False)
 
 
+class LiveText:
+    """Shows a text while it grows; called with the whole so far."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._shown = ""
+
+    def __call__(self, text: str) -> None:
+        """Show what is new in ``text``."""
+        self._show(text.rstrip("\ufffd"))  # half a character, until the token with its other half comes
+
+    def end(self, text: str) -> None:
+        """Show the rest, and end the line."""
+        if not text.startswith(self._shown):  # the tokenizer took back what it had made of the first tokens
+            print(file=self._stream)
+            self._shown = ""
+        self._show(text)
+        print(file=self._stream, flush=True)
+
+    def _show(self, text: str) -> None:
+        if text.startswith(self._shown):
+            print(text[len(self._shown) :], end="", file=self._stream, flush=True)
+            self._shown = text
+
+
 def print_json(value: object) -> None:
     """Print one JSON object on standard output."""
     print(json.dumps(value, indent=1, ensure_ascii=False), flush=True)

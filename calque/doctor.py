@@ -47,15 +47,19 @@ def missing_for_convert() -> list[str]:
     return [finding.what for finding in _packages() if finding.note == INSTALL_CONVERT]
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _machine() -> list[Finding]:
     python = platform.python_version()
     fits = sys.version_info >= (3, 11)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     free = shutil.disk_usage(Path.cwd()).free
     return [
         Finding("python", python, "ok" if fits else "differs", "" if fits else "Calque needs 3.11 or newer"),
         Finding("system", f"{platform.system()} {platform.machine()}", "info"),
-        Finding("cores", str(cores), "info", "usable by this process"),
+        Finding("cores", str(cores()), "info", "usable by this process"),
         Finding("memory", _memory(), "info"),
         Finding("disk", f"{free / 1e9:.1f} GB free", "info", "in the current folder"),
     ]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calque.bandwidth import bandwidth
 from calque.console import size
 from calque.errors import SourceUnreadable, WeightMismatch, WontFit
 
@@ -27,7 +27,6 @@ RUNTIME_BYTES = 64 << 20
 NODE_FILE_BYTES = 160
 RECORD_BYTES = 32 << 10
 FP32 = 4
-BANDWIDTH_BYTES = 256 << 20
 # No language model is nearly as deep; building even this many layers takes minutes.
 MOST_LAYERS = 10_000
 # What every model of transformers that has the setting needs at least one of.
@@ -134,19 +133,6 @@ def _decoding(model: TracedModel, weights: int) -> dict[str, Any]:
     """Return what one token reads. Every weight once, so no runtime on this machine decodes one sequence faster."""
     per_token = weights - _looked_up(model)
     return {"decode_bytes_per_token": per_token, "decode_tokens_per_s_at_best": round(bandwidth() / per_token, 1)}
-
-
-def bandwidth() -> float:
-    """Return the bytes per second at which this machine reads memory, measured now on a block larger than its caches."""
-    import torch
-
-    block = torch.ones(BANDWIDTH_BYTES // FP32)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        block.sum()
-        best = min(best, time.perf_counter() - start)
-    return BANDWIDTH_BYTES / best
 
 
 def _looked_up(model: TracedModel) -> int:

@@ -3,43 +3,44 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calque.artifact import NUM_LOGITS_TO_KEEP, Artifact
+from calque.artifact import Artifact
 from calque.errors import ArtifactUnreadable, Unsupported, UsageError
 from calque.runtime import load, open_session
 from calque.runtime.chat import chat_prompt, read_json
+from calque.runtime.decoder import Decoder
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from calque.session import Session
 
+MOST_RESERVED = 1024
 
-def generate(folder: Path | str, prompt: str, max_new_tokens: int, chat: bool = False, threads: int = 0) -> dict[str, Any]:
+
+def generate(
+    folder: Path | str, prompt: str, max_new_tokens: int, chat: bool = False, threads: int = 0, tell: Callable[[str], object] | None = None
+) -> dict[str, Any]:
     """Return the greedy continuation and its speed: ``text tokens prompt_tokens trained_length max_length ttft_ms tokens_per_s``.
 
     It ends at an end token, after ``max_new_tokens``, or at the artifact's ``max_length``. ``trained_length`` is how many
     tokens the model was trained for, None if its config does not say: past it a rotary model goes on, but not as well.
     ``ttft_ms`` is the time to the first token without opening the model; ``tokens_per_s`` is that of the tokens after it,
-    None if there is none.
+    None if there is none. ``tell`` is given the text so far after each token.
 
     Raises:
         UsageError: the prompt holds no token, or a chat template is asked for that is not there.
-        Unsupported: the prompt alone is longer than ``max_length``, or the artifact has no dynamic cache.
+        Unsupported: the prompt alone is longer than ``max_length``, or the artifact is no generator.
         ArtifactUnreadable: not an artifact, or one without a tokenizer.
     """
     folder = Path(folder)
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}, at least 1 expected")
     artifact = load(folder)
-    if not artifact.states:
-        raise Unsupported(f"{folder} encodes text, it does not continue it", fix="run its graph, as docs/artifact.md shows")
+    sequence = GreedySequence(artifact, open_session(folder, threads), [])
     tokenizer = _tokenizer(folder)
     text = chat_prompt(folder, prompt) if chat else prompt
     # A chat template writes its special tokens itself.
@@ -47,23 +48,28 @@ def generate(folder: Path | str, prompt: str, max_new_tokens: int, chat: bool = 
     if not ids:
         raise UsageError("the prompt holds no token", fix="give some text")
     check_vocabulary(artifact, ids)
-    sequence = GreedySequence(artifact, open_session(folder, threads), [*ids])
+    sequence.restart([*ids])
     sequence.warm_up()
-    ends, times = end_tokens(folder), [time.perf_counter()]
-    for token in sequence.tokens(max_new_tokens):
-        times.append(time.perf_counter())
+    new: list[int] = []
+    seconds: list[float] = []  # of each step alone: what is told of it meanwhile takes time too
+    ends, steps = end_tokens(folder), sequence.tokens(max_new_tokens)
+    start = time.perf_counter()
+    for token in steps:
+        seconds.append(time.perf_counter() - start)
+        new.append(token)
+        if tell is not None:
+            tell(tokenizer.decode(new, skip_special_tokens=True))
         if token in ends:
             break
-    new = sequence.ids[len(ids) :]
-    steps = len(times) - 2
+        start = time.perf_counter()
     return {
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "tokens": new,
         "prompt_tokens": len(ids),
         "trained_length": trained_length(folder),
         "max_length": artifact.limits.max_length,
-        "ttft_ms": round((times[1] - times[0]) * 1000, 3) if new else None,
-        "tokens_per_s": round(steps / (times[-1] - times[1]), 2) if steps > 0 else None,
+        "ttft_ms": round(seconds[0] * 1000, 3) if new else None,
+        "tokens_per_s": round((len(new) - 1) / sum(seconds[1:]), 2) if len(new) > 1 else None,
     }
 
 
@@ -81,61 +87,40 @@ def check_vocabulary(artifact: Artifact, ids: list[int]) -> None:
         )  # fmt: skip
 
 
-@dataclass
 class GreedySequence:
-    """One row of tokens and its cache; ``ids`` grows by one with each step."""
+    """One row of tokens continued by the likeliest next one; ``ids`` grows by one with each step."""
 
-    artifact: Artifact
-    session: Session
-    ids: list[int]
-    held: int = 0
-    states: dict[str, NDArray[np.generic]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if len(self.artifact.graphs) != 1:
-            raise Unsupported(f"generation drives artifacts of one graph, this one has {sorted(self.artifact.graphs)}")
-        if other := [spec.input for spec in self.artifact.states if spec.update == "in_place"]:
-            raise Unsupported("generation needs states that grow or are replaced", other, "use the artifact's own runtime")
-        [(self.graph, self.spec)] = self.artifact.graphs.items()
+    def __init__(self, artifact: Artifact, session: Session, ids: list[int]) -> None:
+        self.ids = ids
+        self._limits = artifact.limits
+        self._decoder = Decoder(artifact, session)
 
     def warm_up(self) -> None:
         """The graph is open: a first call of one token has been made and forgotten."""
-        self._call(self.ids[:1])
-        self.held = 0
+        self._decoder(np.array([self.ids[:1]], np.int64))
+        self.restart(self.ids)
+
+    def restart(self, ids: list[int]) -> None:
+        """The row is ``ids``, and nothing of them has been fed."""
+        self.ids = ids
+        self._decoder.reset()
 
     def tokens(self, count: int) -> Iterator[int]:
         """Yield up to ``count`` likeliest next tokens; stops where the artifact's ``max_length`` is reached."""
-        limits = self.artifact.limits
+        longest, recompute_at = self._limits.max_length, self._limits.recompute_at
+        # Room is memory once it is used; beyond this, buffers grow.
+        self._decoder.reserve(len(self.ids) + min(count, MOST_RESERVED))
         for _ in range(count):
+            held = int(self._decoder.lengths[0])
             # The last token need not fit: it is never fed.
-            if limits.max_length is not None and len(self.ids) > limits.max_length and self.held:
+            if longest is not None and len(self.ids) > longest and held:
                 return
-            if limits.recompute_at is not None and 0 < self.held <= limits.recompute_at < len(self.ids):
-                self.held = 0
-            logits = self._call(self.ids[self.held :])
-            self.held = len(self.ids)
+            if recompute_at is not None and 0 < held <= recompute_at < len(self.ids):
+                self._decoder.reset()
+                held = 0
+            logits = self._decoder(np.array([self.ids[held:]], np.int64))
             self.ids.append(int(logits[0, -1].argmax()))
             yield self.ids[-1]
-
-    def _call(self, ids: list[int]) -> NDArray[np.generic]:
-        if not self.held:
-            self.states = {spec.input: self._empty(spec.shape, spec.dtype) for spec in self.artifact.states}
-        total = self.held + len(ids)
-        everything: dict[str, NDArray[np.generic]] = {
-            "input_ids": np.array([ids], dtype=np.int64),
-            "attention_mask": np.ones((1, total), dtype=np.int64),
-            "position_ids": np.arange(self.held, total, dtype=np.int64)[None, :],
-            NUM_LOGITS_TO_KEEP: np.array(1, dtype=np.int64),
-        }
-        names = {tensor.name for tensor in self.spec.inputs}
-        outputs = self.session(self.graph, {**{name: array for name, array in everything.items() if name in names}, **self.states})
-        self.states = {spec.input: outputs[spec.output] for spec in self.artifact.states}
-        return outputs["logits"]
-
-    @staticmethod
-    def _empty(shape: tuple[int | str, ...], dtype: str) -> NDArray[np.generic]:
-        dims = {"batch_size": 1, "past_sequence_length": 0}
-        return np.zeros([dims[size] if isinstance(size, str) else size for size in shape], dtype=dtype)
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -88,7 +88,7 @@ def _check_slots(
     # Padding is written too, after the tokens, and one past the last slot would be another row's.
     if limits.max_length is not None and int(held.max(initial=0)) + width > limits.max_length:
         raise Unsupported(
-            f"a call of {width} tokens from slot {int(held.max())} ends past the last of {limits.max_length} slots",
+            f"a call of {width} tokens from slot {int(held.max())} ends past the slots: the artifact's max_length is {limits.max_length}",
             fix="cut the prompt or its padding, or stop generating there",
         )
 

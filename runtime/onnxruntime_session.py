@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,23 +34,51 @@ class OnnxRuntimeSession:
             ArtifactUnreadable: ONNX Runtime refuses the model, or fails while running it.
             TargetUnavailable: onnxruntime is not installed.
         """
+        spec = self._spec(graph)
+        check_inputs(spec, inputs)
+        check_limits(self.artifact.limits, inputs)
+        return self.run(graph, inputs)
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+        """Return every output of ``graph`` by name, its inputs unchecked. Neither they nor the outputs are copied.
+
+        Raises:
+            UsageError: no such graph.
+            ArtifactUnreadable: ONNX Runtime refuses the model, or fails while running it.
+            TargetUnavailable: onnxruntime is not installed.
+        """
+        names = [output.name for output in self._spec(graph).outputs]
+        session = self.opened(graph)
+        with self.explained(graph):
+            arrays = session.run(names, {name: np.ascontiguousarray(array) for name, array in inputs.items()})
+        return dict(zip(names, arrays, strict=True))
+
+    def opened(self, graph: str) -> Any:
+        """Return ONNX Runtime's own session of ``graph``, the same each time.
+
+        Raises:
+            UsageError: no such graph.
+            ArtifactUnreadable: ONNX Runtime refuses the model.
+            TargetUnavailable: onnxruntime is not installed.
+        """
+        if graph not in self._open:
+            self._open[graph] = self._load(self._spec(graph))
+        return self._open[graph]
+
+    @contextmanager
+    def explained(self, graph: str) -> Iterator[None]:
+        """Give what fails in ONNX Runtime while it runs ``graph`` as ArtifactUnreadable."""
+        try:
+            yield
+        except Exception as error:  # onnxruntime's exceptions share no class but this
+            file = self._spec(graph).file
+            raise ArtifactUnreadable(f"onnxruntime failed while running {file}: {_text(error)}", fix=_REDO) from error
+
+    def _spec(self, graph: str) -> GraphSpec:
         spec = self.artifact.graphs.get(graph)
         if spec is None:
             raise UsageError(f"the artifact has no graph {graph!r}", fix=f"it has {', '.join(self.artifact.graphs)}")
-        check_inputs(spec, inputs)
-        check_limits(self.artifact.limits, inputs)
-        names = [output.name for output in spec.outputs]
-        session = self._session(graph, spec)
-        try:
-            arrays = session.run(names, {name: np.ascontiguousarray(array) for name, array in inputs.items()})
-        except Exception as error:  # onnxruntime's exceptions share no class but this
-            raise ArtifactUnreadable(f"onnxruntime failed while running {spec.file}: {_text(error)}", fix=_REDO) from error
-        return dict(zip(names, arrays, strict=True))
-
-    def _session(self, graph: str, spec: GraphSpec) -> Any:
-        if graph not in self._open:
-            self._open[graph] = self._load(spec)
-        return self._open[graph]
+        return spec
 
     def _load(self, spec: GraphSpec) -> Any:
         try:

@@ -25,7 +25,7 @@ from benchmarks.decoding.artifacts import ensure, tools
 from benchmarks.decoding.profile import nodes_per_step
 from benchmarks.decoding.tables import NOTES, TITLE, Artifact, Measured, Run, figures, first_difference, ratios
 from benchmarks.decoding.worker import Worker
-from calque.preflight import bandwidth
+from calque.bandwidth import bandwidth
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = (128, 512)

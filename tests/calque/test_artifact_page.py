@@ -15,11 +15,13 @@ from tokenizers.pre_tokenizers import Whitespace
 from calque.artifact import Artifact
 from calque.pipeline import convert
 from calque.recipe import Parity, Recipe
+from calque.runtime import OnnxRuntimeSession
+from calque.runtime.generate import GreedySequence
 from tests.tiny_encoders import VOCABULARY, save_encoder, save_pooling
 from tests.tiny_models import TINY, save_random
 
 PAGE = Path(__file__).parents[2] / "docs" / "artifact.md"
-GENERATOR, STATIC, ENCODER = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+RUNTIME, GENERATOR, STATIC, ENCODER = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def converted(model: Path, out: Path, **options: Any) -> Artifact:
@@ -50,6 +52,15 @@ def run(program: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str,
     names: dict[str, Any] = {}
     exec(compile(program, str(PAGE), "exec"), names)
     return names
+
+
+def test_the_program_that_decodes_gives_the_tokens_of_each_row_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = RUNTIME.replace("last = decoder(", "chosen = last.argmax(-1); rows.append(chosen); last = decoder(")
+    found = run(f"rows = []\n{program}", place, monkeypatch)
+    artifact = Artifact.read(place / "quill")
+    for row, prompt in enumerate(([5, 9, 17], [8, 3])):
+        alone = GreedySequence(artifact, OnnxRuntimeSession(artifact), [*prompt])
+        assert [*alone.tokens(20)] == [int(chosen[row]) for chosen in found["rows"]]
 
 
 def test_the_program_of_a_generator_gives_logits_and_states(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def test_generate_prints_the_text_alone_on_stdout(monkeypatch: pytest.MonkeyPatc
         "tokens_per_s": speed,
         "max_length": None,
     }
-    monkeypatch.setattr("calque.runtime.generate.generate", lambda folder, prompt, count, chat, threads: result)
+    monkeypatch.setattr("calque.runtime.generate.generate", lambda folder, prompt, count, chat, threads, tell: result)
     assert cli.main(["generate", "folder", "-p", "text"]) == 0
     out, err = capsys.readouterr()
     assert out == "a continuation\n"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from calque.console import Progress, parity_table, plan_text, report_text, size, table
+from calque.console import LiveText, Progress, parity_table, plan_text, report_text, size, table
 
 
 class Terminal(io.StringIO):
@@ -46,6 +46,27 @@ def test_a_stage_that_failed_is_not_shown_as_done(monkeypatch: pytest.MonkeyPatc
         fail()
     assert not re.search(r"\d+\.\ds  trace", stream.getvalue())
     assert stream.getvalue().endswith("\x1b[?25h") or "\x1b[?25h" in stream.getvalue()  # the cursor is shown again
+
+
+def test_a_text_that_grows_is_shown_once() -> None:
+    stream = io.StringIO()
+    live = LiveText(stream)
+    shown = []
+    for text in ("one", "one t", "one t\ufffd", "one té", "one té"):
+        live(text)
+        shown.append(stream.getvalue())
+    live.end("one té.")
+    assert shown == ["one", "one t", "one t", "one té", "one té"]
+    assert stream.getvalue() == "one té.\n"
+
+
+def test_a_text_that_is_taken_back_is_shown_whole_at_the_end() -> None:
+    stream = io.StringIO()
+    live = LiveText(stream)
+    for text in ("a b", "ab"):
+        live(text)
+    live.end("abc")
+    assert stream.getvalue() == "a b\nabc\n"
 
 
 def test_columns_are_aligned_and_numbers_stand_at_the_right() -> None:

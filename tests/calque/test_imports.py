@@ -38,6 +38,8 @@ EXCEPTIONS = {("calque.validation.validate", "calque.runtime")}
 JOINING = {"calque", "calque.pipeline", "calque.cli", "calque.commands", "calque.conformance"}
 # They call the pipeline, or look up what passes, targets and scenarios there are.
 JOINING |= {"calque.convert_command", "calque.recipe_names", "calque.resume"}
+# It holds an artifact open by the runtime.
+JOINING |= {"calque.bench_worker"}
 # Read where nothing is installed, before anything else of Calque.
 STANDARD_LIBRARY_ALONE = {"calque.artifact", "calque.errors", "calque.states"}
 
@@ -156,7 +158,7 @@ def test_importing_calque_pulls_in_nothing_heavy(statement: str) -> None:
 def test_the_light_commands_import_nothing_that_converting_needs() -> None:
     forbidden = ("torch", "transformers", "optimum", "onnx", "pydantic", "safetensors", "huggingface_hub")
     modules = "calque.cli, calque.doctor, calque.inspection, calque.targets, calque.runtime.generate, calque.validation.validate"
-    modules += ", calque.validation.render"
+    modules += ", calque.validation.render, calque.bench, calque.bench_worker"
     code = f"import {modules}\nimport sys\nprint(*(name for name in {forbidden} if name in sys.modules))"
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.split() == []

@@ -34,6 +34,14 @@ def test_the_likeliest_tokens_follow(tmp_path: Path, keep_input: bool) -> None:
     assert found["tokens_per_s"] > 0
 
 
+def test_the_text_is_told_while_it_grows(tmp_path: Path) -> None:
+    write_counting(tmp_path)
+    told: list[str] = []
+    found = generate(tmp_path, "one two", 3, tell=told.append)
+    assert told == ["three", "three four", "three four five"]
+    assert found["text"] == told[-1]
+
+
 def test_one_token_has_no_rate(tmp_path: Path) -> None:
     write_counting(tmp_path)
     assert generate(tmp_path, "one", 1)["tokens_per_s"] is None
@@ -59,13 +67,13 @@ def test_the_cache_is_recomputed_where_it_may_not_be_continued(tmp_path: Path, m
     from calque.runtime.onnxruntime_session import OnnxRuntimeSession
 
     widths = []
-    run = OnnxRuntimeSession.__call__
+    run = OnnxRuntimeSession.run
 
     def counted(session: OnnxRuntimeSession, graph: str, inputs: Any) -> Any:
         widths.append(inputs["input_ids"].shape[1])
         return run(session, graph, inputs)
 
-    monkeypatch.setattr(OnnxRuntimeSession, "__call__", counted)
+    monkeypatch.setattr(OnnxRuntimeSession, "run", counted)
     write_counting(tmp_path, Counting(Limits(recompute_at=4)))
     assert generate(tmp_path, "one", 5)["text"] == "two three four five six"
     assert widths == [1, 2, 1, 1, 5, 1]

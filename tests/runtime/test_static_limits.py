@@ -36,9 +36,9 @@ def test_rows_that_fill_their_slots_in_order_are_let_through(limits: Limits, inp
 
 
 REFUSED: list[tuple[Limits, dict[str, Any], str]] = [
-    (SLOTS, call([8], [9], 1), "ends past the last of 8 slots"),
-    (SLOTS, call([0, 7], [2, 8], 2), "ends past the last of 8 slots"),  # padding alone, but it is written
-    (SLOTS, call([0], [9], 9), "ends past the last of 8 slots"),
+    (SLOTS, call([8], [9], 1), "ends past the slots: the artifact's max_length is 8"),
+    (SLOTS, call([0, 7], [2, 8], 2), "ends past the slots: the artifact's max_length is 8"),  # padding alone, but it is written
+    (SLOTS, call([0], [9], 9), "ends past the slots: the artifact's max_length is 8"),
     (SLOTS, call([0, 0], [3, 1], 3, [[0, 1, 2], [1, 1, 1]]), "fill its slots from 0"),
     (SLOTS, call([0, 0], [4, 2], 4, [[0, 1, 2, 3], [0, 0, 0, 1]]), "fill its slots from 0"),  # padded before
     (SLOTS, call([3], [4], 1, [[2]]), "fill its slots from 0"),
