@@ -1,12 +1,15 @@
 """Prints how far honest arithmetic moves logits, in σ: the figures from which validation/tolerance.py is derived.
 
-Run from the repository root: ``python -m benchmarks.measure_noise [--seeds N]``. Every comparison is between two ways to
+Run from the repository root: ``python -m benchmarks.measure_noise [--seeds N] [--dtype float16]``. Every comparison is between two ways to
 compute the same function of the same weights, so all of it is noise:
 
 - ``fp64``: eager in float32 against eager in float64 throughout (the float32 islands of transformers included)
+- ``whole``, of a narrow dtype: eager in that dtype, as transformers runs it, against eager in float32 with the same weights
 - ``mlp``: hidden units of every MLP permuted, so its sums run in another order
 - ``heads``: attention heads permuted, group by group where keys are shared
 - ``cached``: one token at a time over a cache, in place of one forward
+
+Of a narrow dtype all but the reference is computed in it.
 """
 
 from __future__ import annotations
@@ -61,6 +64,18 @@ def models(seeds: int) -> Iterator[tuple[str, Tiny, int]]:
         )
 
 
+def measure_narrow(model: PreTrainedModel, tokens: torch.Tensor, dtype: torch.dtype) -> dict[str, Noise]:
+    """Return the noise of each comparison of arithmetic in ``dtype`` with float32, on weights that both hold exactly."""
+    with torch.inference_mode():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+        want = model(input_ids=tokens, use_cache=False).logits[0]
+        narrow = copy.deepcopy(model).to(dtype)
+        narrow.config._experts_implementation = "eager"
+        found = {"whole": _noise(want, narrow(input_ids=tokens, use_cache=False).logits[0])}
+        return found | _reordered(narrow, tokens, want)
+
+
 def measure(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Noise]:
     """Return the noise of each comparison on this model."""
     with torch.inference_mode():
@@ -71,11 +86,17 @@ def measure(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Noise]:
         with Double():
             exact = double(input_ids=tokens, use_cache=False).logits[0]
         found["fp64"] = _noise(want, exact)
-        for name, permute in (("mlp", permute_mlp), ("heads", permute_heads)):
-            other = copy.deepcopy(model)
-            permute(other)
-            found[name] = _noise(want, other(input_ids=tokens, use_cache=False).logits[0])
-        found["cached"] = _noise(want, _cached(model, tokens))
+        return found | _reordered(model, tokens, want)
+
+
+def _reordered(model: PreTrainedModel, tokens: torch.Tensor, want: torch.Tensor) -> dict[str, Noise]:
+    """Return the noise of the model's sums in other orders."""
+    found = {}
+    for name, permute in (("mlp", permute_mlp), ("heads", permute_heads)):
+        other = copy.deepcopy(model)
+        permute(other)
+        found[name] = _noise(want, other(input_ids=tokens, use_cache=False).logits[0])
+    found["cached"] = _noise(want, _cached(model, tokens))
     return found
 
 
@@ -132,19 +153,24 @@ def permute_heads(model: PreTrainedModel) -> None:
 
 def main() -> None:
     """Print one line a model and comparison kind, worst over the seeds."""
-    parser = argparse.ArgumentParser(description="Print how far honest float32 arithmetic moves logits, in σ.")
+    parser = argparse.ArgumentParser(description="Print how far honest arithmetic moves logits, in σ.")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    asked = parser.parse_args()
     torch.set_num_threads(1)
     rows: dict[tuple[str, str, int], dict[str, Noise]] = {}
-    for kind, tiny, seed in models(parser.parse_args().seeds):
+    for kind, tiny, seed in models(asked.seeds):
         tokens = torch.randint(3, tiny.vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(seed))
         row = rows.setdefault((kind, tiny.model_type, tiny.layers), {})
-        for name, noise in measure(eager_model(tiny, seed), tokens).items():
+        model = eager_model(tiny, seed)
+        found = measure(model, tokens) if asked.dtype == "float32" else measure_narrow(model, tokens, getattr(torch, asked.dtype))
+        for name, noise in found.items():
             known = row.get(name, Noise(0.0, 0.0))
             row[name] = Noise(max(known.worst, noise.worst), max(known.mean, noise.mean))
-    print("| size | type | layers | fp64 worst (mean) | mlp | heads | cached |\n|---|---|---|---|---|---|---|")
+    first = "fp64" if asked.dtype == "float32" else "whole"
+    print(f"| size | type | layers | {first} worst (mean) | mlp | heads | cached |\n|---|---|---|---|---|---|---|")
     for (kind, model_type, layers), row in rows.items():
-        cells = " | ".join(f"{row[name].worst:.1e} ({row[name].mean:.0e})" for name in ("fp64", "mlp", "heads", "cached"))
+        cells = " | ".join(f"{row[name].worst:.1e} ({row[name].mean:.0e})" for name in (first, "mlp", "heads", "cached"))
         print(f"| {kind} | {model_type} | {layers} | {cells} |")
 
 

@@ -214,14 +214,17 @@ def _(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("calque::mask_bias", mutates_args=())
-def mask_bias(mask: Tensor) -> Tensor:
-    """Return what is added to scores to hide what a boolean mask does not show: 0 or the lowest float32."""
-    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+def mask_bias(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return what is added to scores to hide what a boolean mask does not show: 0 or the lowest number of ``dtype``.
+
+    The lowest float32 would be minus infinity in float16, and a row that sees nothing NaN.
+    """
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 @mask_bias.register_fake
-def _(mask: Tensor) -> Tensor:
-    return mask.new_empty(mask.shape, dtype=torch.float32)
+def _(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return mask.new_empty(mask.shape, dtype=dtype)
 
 
 def _seen(slots: Tensor, keys: int, window: int) -> Tensor:

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from calque import __version__, converters, facts, passes, plugins, preflight, sentence, targets
-from calque.artifact import MANIFEST, REPORT, Artifact, Proof, file_sha256
+from calque.artifact import MANIFEST, REPORT, Artifact, Check, Proof, file_sha256
 from calque.companions import licence_note
 from calque.errors import TargetUnavailable, Unsupported, UsageError
 from calque.recipe import Recipe, unbuilt_settings
@@ -27,14 +27,20 @@ from calque.validation import scenarios
 from calque.validation.report import Report
 
 if TYPE_CHECKING:
+    from torch.nn import Module
+
     from calque.artifact import Limits
     from calque.passes import Pass
+    from calque.session import Session
     from calque.states import StateSpec
     from calque.validation.bisect import Stage
     from calque.validation.reference import Reference
     from calque.validation.scenarios import Scenario
 
 TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+
+# What numerics are proved by where the artifact's runtime is not here: the graph after its passes, before the target wrote it.
+STAND_IN = "traced graph"
 
 Rows = list[dict[str, Any]]
 
@@ -59,7 +65,7 @@ def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Callabl
             with stages("source"):
                 source = resolve(recipe, Path(scratch))
                 preflight.require_tensors(source)
-                preflight.require_disk(source, folder)
+                preflight.require_disk(source, folder, recipe.precision)
             artifact, report = emit(recipe, target, source, folder, stages)
             proof, report = prove(recipe, target, source, artifact, report, Path(scratch), stages)
         if proof.numerics.status == "not_run":
@@ -126,21 +132,45 @@ def prove(
 
     chosen = scenarios_of(recipe, source, artifact.limits, artifact.states)
     shown = telling_scenario(chosen) if artifact.states else None
-    load_eager = cache(source.load_eager)
+    load_eager = cache(partial(eager_of, recipe, source))
     with stages("reference"):
         becomes = partial(passes.expected, plan_of(recipe, target, source))
         expected = store_reference(load_eager, chosen, ModelIO.of(artifact), artifact.folder, scratch, becomes)
         states, note = states_alone(load_eager(), shown) if shown else ({}, "")
         load_eager.cache_clear()  # what opens the artifact needs the memory
     with stages("prove"):
-        session = target.open(artifact, recipe.threads)
+        session, why = open_or_stand_in(recipe, target, source, artifact)
         proof, rows = run_scenarios(artifact, session, chosen, expected)
+        if why:
+            left_out = Check("not_run", target.name, why)
+            proof = replace(proof, numerics=replace(proof.numerics, by=STAND_IN), build=left_out, execution=left_out)
         layers, note = layer_parity(session, ModelIO.of(artifact), shown, states) if shown and states else ((), note)
     if proof.numerics.status == "failed":
         with stages("bisect"):
             first = first_divergence(recipe, target, source, artifact, chosen, expected, rows)
             proof = replace(proof, failures=(*first, *proof.failures))
     return proof, replace(report, scenarios=tuple(rows), layers=layers).noted(note)
+
+
+def open_or_stand_in(recipe: Recipe, target: Target, source: ModelSource, artifact: Artifact) -> tuple[Session, str]:
+    """Return a session over the artifact; or over the graph that it was written from, and why the artifact cannot be run here."""
+    from calque.runtime.limits import check_limits
+    from calque.traced_session import TracedSession
+
+    try:
+        return target.open(artifact, recipe.threads), ""
+    except TargetUnavailable as error:
+        why = error.what
+    model = trace(recipe, source)
+    passes.run(plan_of(recipe, target, source), model)
+    return TracedSession(model, partial(check_limits, artifact.limits)), why
+
+
+def eager_of(recipe: Recipe, source: ModelSource) -> Module:
+    """Return the untouched eager model, computing in float32, with weights of the recipe's precision."""
+    from calque.validation.eager import in_precision
+
+    return in_precision(source.load_eager(), recipe.precision)
 
 
 def tool_versions() -> dict[str, str]:
@@ -167,6 +197,8 @@ def open_target(recipe: Recipe) -> Target:
     if refused:
         raise Unsupported("the recipe asks for what this version cannot do", list(dict.fromkeys(refused)), "change these settings")
     passes.check_order(plan_of(recipe, target))
+    if recipe.passes is not None:
+        passes.check_precision(recipe.precision, passes.read_plan(recipe.passes), target.passes(recipe.precision))
     return target
 
 
@@ -276,7 +308,7 @@ def first_divergence(
     scenario = next(scenario for scenario in chosen if scenario.name == failed)
     if scenario.refuse:
         return []
-    eager = source.load_eager()
+    eager = eager_of(recipe, source)
     stages = list(sessions(recipe, target, source, artifact))
     found = bisect(stages, scenario, expected[failed], lambda tokens: eager_states(eager, tokens))
     return [f"{failed} {found.text}"] if found else []
@@ -291,8 +323,9 @@ def sessions(recipe: Recipe, target: Target, source: ModelSource, artifact: Arti
     io = ModelIO.of(artifact)
 
     def stage(name: str, model: TracedModel) -> Stage:
-        # Inputs and states are those of the layout that the cache has so far.
-        return Stage(name, lambda: TracedSession(model), replace(io, inputs=model.inputs, states=model.states))
+        # Inputs and states are those of the layout that the cache has so far, judged as the artifact is.
+        states = tuple(replace(state, dtype=io.dtype) for state in model.states)
+        return Stage(name, lambda: TracedSession(model), replace(io, inputs=model.inputs, states=states))
 
     model = trace(recipe, source)
     yield stage("trace", model.copy())

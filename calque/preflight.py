@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from calque.bandwidth import bandwidth
 from calque.console import size
 from calque.errors import SourceUnreadable, WeightMismatch, WontFit
+from calque.weights import torch_dtype_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -27,6 +28,8 @@ RUNTIME_BYTES = 64 << 20
 NODE_FILE_BYTES = 160
 RECORD_BYTES = 32 << 10
 FP32 = 4
+# Of one weight, at most; what is packed has embeddings and heads in more.
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4, "int8-static": 4, "int4": 4, "fp8": 4}
 # No language model is nearly as deep; building even this many layers takes minutes.
 MOST_LAYERS = 10_000
 # What every model of transformers that has the setting needs at least one of.
@@ -66,14 +69,14 @@ def _sizes(config: PreTrainedConfig) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if isinstance(size, int)}
 
 
-def require_disk(source: ModelSource, folder: Path) -> None:
-    """Leave quietly if the weights in fp32 fit on the disk of ``folder``.
+def require_disk(source: ModelSource, folder: Path, precision: str = "fp32") -> None:
+    """Leave quietly if the weights in that precision fit on the disk of ``folder``.
 
     Raises:
         WontFit: how much is needed and how much is free.
     """
     elements = sum(math.prod(stored.shape) for stored in source.tensors.values())
-    takes, free = elements * FP32 + companion_bytes(source), shutil.disk_usage(folder).free
+    takes, free = elements * BYTES[precision] + companion_bytes(source), shutil.disk_usage(folder).free
     if takes > free:
         raise WontFit(
             f"{source.id} needs {size(takes)} on disk, {size(free)} are free where the output goes",
@@ -115,7 +118,9 @@ def sizes(model: TracedModel, beside: int = 0) -> dict[str, Any]:
     elements = {name: math.prod(weight.shape) for name, weight in unique}
     weights = model.weights.nbytes()
     largest = max(elements.values(), default=0) * FP32
-    # Converting holds one tensor, its cast and its transpose; proving holds the eager model, then the runtime's copy.
+    # Converting holds one tensor, its cast and its transpose; proving holds the eager model, then the runtime's copy, both in float32:
+    # where its kernels know no narrower type, ONNX Runtime casts weights when it opens the file.
+    wide = sum(elements.values()) * FP32
     nodes = len(model.graph.nodes)
     tools = TOOLS_BYTES + NODE_BYTES * nodes
     artifact = weights + beside + NODE_FILE_BYTES * nodes + RECORD_BYTES
@@ -124,7 +129,7 @@ def sizes(model: TracedModel, beside: int = 0) -> dict[str, Any]:
         "weights_bytes": weights,
         "artifact_bytes": artifact,
         "disk_bytes": artifact,
-        "peak_memory_bytes": {"convert": tools + 3 * largest, "prove": tools + RUNTIME_BYTES + 2 * weights},
+        "peak_memory_bytes": {"convert": tools + 3 * largest, "prove": tools + RUNTIME_BYTES + 2 * wide},
         **(_decoding(model, weights) if model.states else {}),
     }
 
@@ -143,5 +148,6 @@ def _looked_up(model: TracedModel) -> int:
     for name, node in model.parameters().items():
         users = {user.target for user in node.users}
         if users == {torch.ops.aten.embedding.default}:
-            total += math.prod(model.weights[name].shape) * FP32
+            weight = model.weights[name]
+            total += math.prod(weight.shape) * getattr(torch, torch_dtype_name(weight)).itemsize
     return total

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from calque import ops  # noqa: F401  # registers torch.ops.calque
 from calque.artifact import Limits, TensorSpec
 from calque.states import StateSpec
-from calque.weights import Derived, Weight, WeightTable
+from calque.weights import Derived, Weight, WeightTable, rounded, torch_dtype_name
 
 if TYPE_CHECKING:
     from sympy import Symbol
@@ -147,6 +147,43 @@ class TracedModel:
         self.program.state_dict[name] = torch.nn.Parameter(node.meta["val"], requires_grad=False)
         self.weights.entries[name] = weight
         return node
+
+    def cast_weights(self, dtype: str, computed: bool = True) -> int:
+        """Return how many weights, float32 until now, are in ``dtype`` (torch's name); what reads them is as it was.
+
+        Weights are parameters: buffers hold what a model counts with, and stay as they are. Tied ones stay one. What is
+        computed of weights is computed of rounded ones; it stays float32 itself unless ``computed``.
+        """
+        narrow: torch.dtype = getattr(torch, dtype)
+        nodes, made = self._nodes_by_name(), dict[int, Weight]()
+        for spec in self.program.graph_signature.input_specs:
+            node = nodes[spec.arg.name]
+            if spec.kind != InputKind.PARAMETER or spec.target not in self.weights or node.meta["val"].dtype != torch.float32:
+                continue
+            weight = self.weights[spec.target]
+            narrowed = made.get(id(weight)) or rounded(weight, dtype, computed)
+            if narrowed is weight:
+                continue
+            self.weights.entries[spec.target] = made[id(weight)] = narrowed
+            if torch_dtype_name(narrowed) != dtype:
+                continue
+            node.meta["val"] = node.meta["val"].to(narrow)
+            self.program.state_dict[spec.target] = torch.nn.Parameter(node.meta["val"], requires_grad=False)
+        return len(made)
+
+    def cast_states(self, dtype: str) -> int:
+        """Return how many states, float32 until now, are in ``dtype`` (torch's name); what reads and makes them is as it was."""
+        states = [state for state in self.states if state.dtype == "float32"]
+        placeholders = self.placeholders()
+        for state in states:
+            node = placeholders[state.input]
+            node.meta["val"] = node.meta["val"].to(getattr(torch, dtype))
+        names = {name for state in states for name in (state.input, state.output)}
+        self.inputs, self.outputs = (
+            tuple(replace(spec, dtype=dtype) if spec.name in names else spec for spec in specs) for specs in (self.inputs, self.outputs)
+        )
+        self.states = tuple(replace(state, dtype=dtype) if state in states else state for state in self.states)
+        return len(states)
 
     def drop_unused_parameters(self) -> int:
         """Return how many parameters and buffers were dropped because nothing reads them."""

@@ -12,6 +12,8 @@ from calque.errors import UsageError
 from calque.traced import TracedModel
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -34,10 +36,13 @@ class _Recorder(Interpreter):
 
 
 class TracedSession:
-    """A session over the graph itself, in ``torch.fx``: every weight is read and held, so for small models."""
+    """A session over the graph itself, in ``torch.fx``: every weight is read and held, so for small models.
 
-    def __init__(self, model: TracedModel) -> None:
-        self.model = model
+    ``check`` refuses inputs past the limits of an artifact that the graph stands in for.
+    """
+
+    def __init__(self, model: TracedModel, check: Callable[[Arrays], None] | None = None) -> None:
+        self.model, self.check = model, check
         self.bound = model.bind()
 
     def __call__(self, graph: str, inputs: Arrays) -> dict[str, NDArray[np.generic]]:
@@ -48,7 +53,10 @@ class TracedSession:
         """
         if missing := [spec.name for spec in self.model.inputs if spec.name not in inputs]:
             raise UsageError("inputs are missing", missing)
-        feeds = [torch.from_numpy(inputs[spec.name].copy()) for spec in self.model.inputs]
+        if self.check:
+            self.check(inputs)
+        # An early stage has its states in float32, whatever the artifact carries them in.
+        feeds = [_tensor(inputs[spec.name]).to(getattr(torch, spec.dtype)) for spec in self.model.inputs]
         recorder = _Recorder(self.model.module)
         with torch.no_grad():
             values = recorder.run(*self.bound, *feeds)
@@ -57,4 +65,20 @@ class TracedSession:
             outputs |= {state.output: recorder.updates[state.name] for state in self.model.states}
         if NUM_LOGITS_TO_KEEP in inputs and NUM_LOGITS_TO_KEEP not in {spec.name for spec in self.model.inputs}:
             outputs["logits"] = outputs["logits"][:, -int(inputs[NUM_LOGITS_TO_KEEP]) :]
-        return {name: value.numpy() for name, value in outputs.items()}
+        return {name: _array(value) for name, value in outputs.items()}
+
+
+def _tensor(array: NDArray[np.generic]) -> torch.Tensor:
+    """Return a copy; numpy knows bfloat16 by ml_dtypes, which torch does not."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view("int16").copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def _array(tensor: torch.Tensor) -> NDArray[np.generic]:
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    array: NDArray[np.generic] = tensor.numpy()
+    return array

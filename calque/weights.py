@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,7 +87,8 @@ class Stored:
 class Derived:
     """A tensor computed from others when it is read: transposed, stacked, cast, packed, quantized.
 
-    ``dtype`` is torch's name without the prefix (``float32``).
+    ``dtype`` is torch's name without the prefix (``float32``). ``moved``: each value is one of its sources', elsewhere laid, so
+    that rounding it before or after is one.
     """
 
     sources: tuple[Weight, ...]
@@ -95,6 +96,7 @@ class Derived:
     function: Callable[..., torch.Tensor] = field(repr=False, compare=False)
     dtype: str
     shape: tuple[int, ...]
+    moved: bool = True
 
     def read(self) -> torch.Tensor:
         """Return the tensor, computed now from sources that are read one after the other."""
@@ -120,6 +122,18 @@ def cast(weight: Weight, dtype: str) -> Weight:
         return weight
     target = getattr(torch, dtype)
     return Derived((weight,), f"cast({dtype})", lambda tensor: tensor.to(target), dtype, weight.shape)
+
+
+def rounded(weight: Weight, dtype: str, computed: bool = True) -> Weight:
+    """Return the weight in ``dtype``; what is computed of weights is computed of rounded ones, and rounded itself if ``computed``."""
+    if isinstance(weight, Derived) and not weight.moved:
+        done = f" of {dtype}"
+        if weight.sources and not weight.operation.endswith(done):
+            sources = tuple(cast(cast(source, dtype), torch_dtype_name(source)) for source in weight.sources)
+            weight = replace(weight, sources=sources, operation=weight.operation + done)
+        if not computed:
+            return weight
+    return cast(weight, dtype)
 
 
 def transpose(weight: Weight) -> Derived:

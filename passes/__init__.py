@@ -141,6 +141,18 @@ def check_order(plan: Sequence[Pass]) -> None:
         raise UsageError("the passes stand in an order that cannot work", wrong, "reorder them in the recipe")
 
 
+def check_precision(precision: str, listed: Sequence[Pass], wanted: Sequence[Pass]) -> None:
+    """Leave quietly if a recipe's own passes store weights as its target's would for that precision.
+
+    Raises:
+        UsageError: weights would be of another type than the manifest says.
+    """
+    listed, wanted = ([rewrite for rewrite in plan if name_of(rewrite) == "cast_precision"] for plan in (listed, wanted))
+    if listed != wanted:
+        asked = ", ".join(str(rewrite) for rewrite in wanted) or "no cast_precision"
+        raise UsageError(f"precision: {precision} and the list of passes disagree", fix=f"its list takes {asked}")
+
+
 def run(plan: Sequence[Pass], model: TracedModel) -> dict[str, int]:
     """Return how many rewrites each pass made; the graph is verified after each."""
     return {name: done.count for name, done in run_all(plan, model).items()}

@@ -185,7 +185,9 @@ def _angle_table(frequencies: torch.Tensor, longest: int, function: Any, scale: 
         table: torch.Tensor = function(torch.arange(longest, dtype=torch.float32)[:, None] * frequencies.float()) * scale
         return table
 
-    return Derived((), f"{function.__name__} of positions below {longest}, times {scale}", made, "float32", (longest, *frequencies.shape))
+    return Derived(
+        (), f"{function.__name__} of positions below {longest}, times {scale}", made, "float32", (longest, *frequencies.shape), moved=False
+    )
 
 
 def _join(model: TracedModel, layer: _Layer, inputs: _Inputs, gaps: bool) -> None:

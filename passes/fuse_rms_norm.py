@@ -106,4 +106,4 @@ def _vector(model: TracedModel, names: dict[Node, str], value: Any, size: int) -
 
 
 def _plus_one(weight: Weight) -> Derived:
-    return Derived((weight,), "add(1)", lambda tensor: tensor.float() + 1, "float32", weight.shape)
+    return Derived((weight,), "add(1)", lambda tensor: tensor.float() + 1, "float32", weight.shape, moved=False)

@@ -32,7 +32,7 @@ class OnnxRuntimeSession:
             UsageError: no such graph; an input is missing, unexpected, or of the wrong dtype or shape.
             Unsupported: the inputs go past a limit that the manifest records.
             ArtifactUnreadable: ONNX Runtime refuses the model, or fails while running it.
-            TargetUnavailable: onnxruntime is not installed.
+            TargetUnavailable: onnxruntime is not installed, or has no kernel for the model's precision.
         """
         spec = self._spec(graph)
         check_inputs(spec, inputs)
@@ -94,6 +94,9 @@ class OnnxRuntimeSession:
         options.intra_op_num_threads = self.threads
         try:
             session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
+            fix = "run it where ONNX Runtime has such kernels, as on CUDA"
+            raise TargetUnavailable(f"ONNX Runtime's CPU lacks a kernel that {path} needs: {_text(error)}", fix=fix) from error
         except Exception as error:  # onnxruntime's exceptions share no class but this
             raise ArtifactUnreadable(f"onnxruntime refuses {path}: {_text(error)}", fix=_REDO) from error
         _check_names(spec, session)

@@ -79,7 +79,8 @@ class Target(Protocol):
         """Return a session that runs the artifact here on so many threads; 0 leaves the number to the runtime.
 
         Raises:
-            TargetUnavailable: the runtime or its device is not here.
+            TargetUnavailable: the runtime or its device is not here, or has no kernels for the artifact's precision; the graph
+                is then proved in its place, and the artifact's execution is not run.
         """
         ...
 

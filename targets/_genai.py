@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 from calque.artifact import NUM_LOGITS_TO_KEEP, Artifact
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedConfig
+
+    from calque.states import StateSpec
 
 FILE = "genai_config.json"
 VERSION = "0.18"
@@ -74,17 +78,10 @@ def write(artifact: Artifact, config: PreTrainedConfig) -> list[str]:
 def obstacle(artifact: Artifact, config: Any, generation: dict[str, Any]) -> str:
     """Return why onnxruntime-genai cannot run the artifact rightly, or nothing."""
     [graph] = artifact.graphs.values()
-    states = artifact.states
     if config.model_type not in TYPES:
         return f"it does not know models of type {config.model_type}"
-    if any(state.update == "in_place" for state in states):
-        return "it does not give write_indices, which says where a static cache is written"
-    if any(state.kind not in ("key", "value") for state in states):
-        return "the model has states besides keys and values"
-    if [state.layer for state in states] != [layer for layer in range(len(states) // 2) for _ in "kv"]:
-        return "some layers have no keys and values of their own"
-    if len({tuple(state.shape) for state in states}) > 1:
-        return "its layers differ in heads or head size"
+    if reason := _states_obstacle(artifact.states):
+        return reason
     if any(tensor.name == NUM_LOGITS_TO_KEEP for tensor in graph.inputs):
         return f"it does not give the input {NUM_LOGITS_TO_KEEP}, which --logits dynamic adds"
     if artifact.recipe.get("logits") == "last":
@@ -93,6 +90,21 @@ def obstacle(artifact: Artifact, config: Any, generation: dict[str, Any]) -> str
         return "it pads rows of different length, which this model cannot be given"
     if not _ends(config, generation):
         return "neither generation_config.json nor config.json names an end token"
+    return ""
+
+
+def _states_obstacle(states: Sequence[StateSpec]) -> str:
+    """Return why onnxruntime-genai cannot carry the states, or nothing."""
+    if any(state.update == "in_place" for state in states):
+        return "it does not give write_indices, which says where a static cache is written"
+    if any(state.kind not in ("key", "value") for state in states):
+        return "the model has states besides keys and values"
+    if [state.layer for state in states] != [layer for layer in range(len(states) // 2) for _ in "kv"]:
+        return "some layers have no keys and values of their own"
+    if states[0].dtype == "bfloat16":
+        return "no kernel of ONNX Runtime's CPU takes its keys and values, so nobody has tried it"
+    if len({tuple(state.shape) for state in states}) > 1:
+        return "its layers differ in heads or head size"
     return ""
 
 

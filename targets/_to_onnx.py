@@ -12,8 +12,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import ml_dtypes
+import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as stock
 import torch
@@ -33,6 +35,7 @@ OPSET = 23
 SLOTS, SLOTS_OPSET = "TensorScatter", 24
 ASSERTIONS = {torch.ops.aten._assert_scalar.default, torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_async.msg}
 LOWEST = float(torch.finfo(torch.float32).min)
+FLOAT = ir.DataType.FLOAT
 
 Table = Mapping[Any, Callable[..., Any]]
 
@@ -71,11 +74,12 @@ def attention(q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float, s
     if mask is None and causal:
         mask = lower_right(q, k)
     if sinks is None:
-        return op.Attention(q, k, v, mask, scale=scale, softcap=softcap)[0]
+        precision: dict[str, int] = {} if q.dtype == FLOAT else {"softmax_precision": FLOAT}
+        return op.Attention(q, k, v, mask, scale=scale, softcap=softcap, **precision)[0]
     heads, groups, size, value_size = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     grouped = op.Reshape(q, ints(0, groups, heads // groups, -1, size))
     key = op.Transpose(op.Unsqueeze(k, ints(2)), perm=[0, 1, 2, 4, 3])
-    scores = op.Mul(op.MatMul(grouped, key), op.Constant(value_float=scale))
+    scores = op.Mul(wide(op.MatMul(grouped, key)), op.Constant(value_float=scale))
     if softcap > 0:
         cap = op.Constant(value_float=softcap)
         scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
@@ -83,11 +87,16 @@ def attention(q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float, s
         scores = op.Where(op.Unsqueeze(mask, ints(1)), scores, op.Constant(value_float=LOWEST))
     # A sink is one more score per head and query. Adding it to zeros of the row's shape broadcasts it there.
     zeros = op.Mul(op.ReduceMax(scores, ints(-1), keepdims=1), op.Constant(value_float=0.0))
-    sink = op.Add(zeros, op.Reshape(sinks, ints(1, groups, heads // groups, 1, 1)))
+    sink = op.Add(zeros, op.Reshape(wide(sinks), ints(1, groups, heads // groups, 1, 1)))
     weights = op.Softmax(op.Concat(scores, sink, axis=-1), axis=-1)
     weights = op.Slice(weights, ints(0), ints(-1), ints(-1))
-    out = op.MatMul(weights, op.Unsqueeze(v, ints(2)))
+    out = op.MatMul(op.CastLike(weights, v), op.Unsqueeze(v, ints(2)))
     return op.Reshape(out, ints(0, heads, -1, value_size))
+
+
+def wide(x: Any) -> Any:
+    """Return the value in float32."""
+    return x if x.dtype == FLOAT else op.Cast(x, to=FLOAT)
 
 
 def lower_right(q: Any, k: Any) -> Any:
@@ -117,8 +126,9 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
 def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
     """Return standard ``RMSNormalization``; without a weight, what it is made of."""
     if weight is None:
-        mean = op.ReduceMean(op.Mul(x, x), ints(-1), keepdims=1)
-        return op.Div(x, op.Sqrt(op.Add(mean, op.Constant(value_float=epsilon))))
+        full = wide(x)
+        mean = op.ReduceMean(op.Mul(full, full), ints(-1), keepdims=1)
+        return op.CastLike(op.Div(full, op.Sqrt(op.Add(mean, op.Constant(value_float=epsilon)))), x)
     return op.RMSNormalization(x, weight, axis=-1, epsilon=epsilon)
 
 
@@ -146,10 +156,13 @@ def flat_rotary(x: Any, cos: Any, sin: Any, interleaved: bool, size: int, heads:
     return op.RotaryEmbedding(x, cos, sin, interleaved=int(interleaved), num_heads=heads, rotary_embedding_dim=part)
 
 
-def mask_bias(mask: Any) -> Any:
-    """Return 0 where the mask shows a key, and the lowest number where not."""
-    shown: Any = op.Constant(value_float=0.0)
-    return op.Where(mask, shown, op.Constant(value_float=LOWEST))
+def mask_bias(mask: Any, dtype: int = FLOAT) -> Any:
+    """Return 0 where the mask shows a key, and the lowest number of the type where not."""
+    numpy = ir.DataType(dtype).numpy()
+    lowest: Any = ml_dtypes.finfo(numpy).min  # type: ignore[no-untyped-call]
+    constants: list[Any] = [ir.tensor(np.array(number, numpy)) for number in (0, lowest)]
+    shown, hidden = (cast("Any", op.Constant(value=number)) for number in constants)
+    return op.Where(mask, shown, hidden)
 
 
 def split_heads(x: Any, heads: int) -> Any:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from calque.artifact import Artifact, GraphSpec
+from calque.errors import TargetUnavailable
 from calque.passes import Pass
 from calque.targets import Emitted, Problem, package_rows
 
@@ -37,11 +38,13 @@ class OnnxRuntime:
 
     ``padding``: where a row of a batch may have some. ``right`` and ``none`` let attention turn queries and keys by itself.
     ``cache``: ``dynamic`` grows from call to call, ``static`` is slots that are written in place, ``dims.max_length`` of them.
+    ``arithmetic``: what fp16 and bf16 compute in: their own type, or float32 with weights alone stored in theirs.
     """
 
     operators: Literal["fused", "standard"] = "fused"
     padding: Literal["any", "right", "none"] = "any"
     cache: Literal["dynamic", "static"] = "dynamic"
+    arithmetic: Literal["narrow", "float32"] = "narrow"
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
@@ -51,12 +54,13 @@ class OnnxRuntime:
             raise ValueError(f"padding: {self.padding} belongs to cache: dynamic; slots are filled from 0, so padding is on the right")
 
     name: ClassVar[str] = "onnxruntime"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "bf16")
 
     def passes(self, precision: str) -> tuple[Pass, ...]:
         """Return the passes of this target, in order."""
         from calque.passes.cache_dynamic import CacheDynamic
         from calque.passes.cache_static import CacheStatic
+        from calque.passes.cast_precision import NARROW, CastPrecision
         from calque.passes.fuse_grouped_attention import FuseGroupedAttention
         from calque.passes.fuse_residual_norm import FuseResidualNorm
         from calque.passes.fuse_rms_norm import FuseRmsNorm
@@ -64,11 +68,13 @@ class OnnxRuntime:
         from calque.passes.merge_qkv import MergeQkv
         from calque.passes.transpose_linear import TransposeLinear
 
+        # Last: casts would stand between what the others look for, and tables that they make are weights too.
+        cast = (CastPrecision(NARROW[precision], self.arithmetic),) if precision in NARROW else ()
         cache = CacheStatic() if self.cache == "static" else CacheDynamic()
         if self.operators == "standard":
-            return (FuseRmsNorm(), FuseRotary(), cache, TransposeLinear())  # what follows, in operators of the standard
-        if self.cache == "static":
-            return (FuseRmsNorm(), FuseRotary(), FuseResidualNorm(), cache, TransposeLinear())  # the standard's attention reads slots
+            return (FuseRmsNorm(), FuseRotary(), cache, TransposeLinear(), *cast)  # what follows, in operators of the standard
+        if self.cache == "static":  # the standard's attention reads slots
+            return (FuseRmsNorm(), FuseRotary(), FuseResidualNorm(), cache, TransposeLinear(), *cast)
         return (
             FuseRmsNorm(),  # five operators a norm become one
             FuseRotary(),  # ten operators a head turned become one
@@ -77,6 +83,7 @@ class OnnxRuntime:
             FuseGroupedAttention(self.padding),  # the cache is grown where it is read, not copied before
             MergeQkv(),  # one product where three read the same values
             TransposeLinear(),  # MatMul reads [in, out]; a transposed constant would be copied when the session loads
+            *cast,
         )
 
     def problems(self, model: TracedModel) -> list[Problem]:
@@ -120,9 +127,21 @@ class OnnxRuntime:
         return artifact, _genai.write(artifact, config)
 
     def open(self, artifact: Artifact, threads: int = 0) -> Session:
-        """Return a session of ONNX Runtime on this machine's CPU."""
-        from calque.runtime.onnxruntime_session import OnnxRuntimeSession
+        """Return a session of ONNX Runtime on this machine's CPU.
 
+        Raises:
+            TargetUnavailable: the CPU has no kernels for the artifact's precision.
+        """
+        from calque.runtime.onnxruntime_session import OnnxRuntimeSession
+        from calque.targets._kernels import without_bfloat16
+
+        if artifact.precision == "bf16":
+            for graph in artifact.graphs.values():
+                if missing := without_bfloat16(artifact.folder / graph.file):
+                    raise TargetUnavailable(
+                        f"ONNX Runtime's CPU has no bfloat16 kernel of {', '.join(missing)}",
+                        fix="run it where ONNX Runtime has them, as on CUDA, or set arithmetic: float32",
+                    )
         return OnnxRuntimeSession(artifact, threads)
 
     def doctor(self) -> list[tuple[str, str, str]]:

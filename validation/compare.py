@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calque.errors import CalqueError, ParityFailed, Unsupported
+from calque.errors import CalqueError, ParityFailed, TargetUnavailable, Unsupported
 from calque.validation.drive import ModelIO, Reached, run
 from calque.validation.tolerance import tolerance
 
@@ -106,6 +106,9 @@ def compare(session: Session, io: ModelIO, scenario: Scenario, references: Mappi
     ``references``: what is expected of each output.
 
     Nothing that the session raises gets out: a crash is a failure with its text as the reason.
+
+    Raises:
+        TargetUnavailable: the session's runtime is not here after all.
     """
     row = tolerance(io.dtype)
     begun = time.perf_counter()
@@ -120,6 +123,8 @@ def compare(session: Session, io: ModelIO, scenario: Scenario, references: Mappi
     try:
         for reached in run(session, io, scenario):
             met.add(reached)
+    except TargetUnavailable:
+        raise
     except ParityFailed as error:
         met.faults.append(error.what)
     except CalqueError as error:

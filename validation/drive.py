@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     Array = NDArray[np.generic]
 
 PLAIN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "write_indices", "kv_lengths", NUM_LOGITS_TO_KEEP)
+# The type that a precision computes in, where that is not float32: the same names as in calque.passes.cast_precision.
+NARROW = {"fp16": "float16", "bf16": "bfloat16"}
 # How configs call the number of their layers.
 DEPTHS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 
@@ -41,6 +43,7 @@ class ModelIO:
     states: tuple[StateSpec, ...]
     depth: int = 1
     pad_id: int = 0
+    precision: str = "fp32"
 
     @classmethod
     def of(cls, artifact: Artifact) -> ModelIO:
@@ -63,6 +66,8 @@ class ModelIO:
             max((size for key in DEPTHS if isinstance(size := config.get(key), int)), default=1),
             # Some encoders know padding by its token; a generator sees the mask alone.
             pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0,
+            # Weights alone are of that precision where an option says that all is computed in float32.
+            "fp32" if artifact.recipe.get("options", {}).get("arithmetic") == "float32" else artifact.precision,
         )
 
     @property
@@ -77,8 +82,8 @@ class ModelIO:
 
     @property
     def dtype(self) -> str:
-        """What activations are computed in, as far as the states tell."""
-        return self.states[0].dtype if self.states else "float32"
+        """What activations are computed in, as far as states and precision tell."""
+        return self.states[0].dtype if self.states else NARROW.get(self.precision, "float32")
 
 
 def _config_of(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from calque.errors import SourceUnreadable
 from calque.memory import ran_out
-from calque.validation.drive import segments
+from calque.validation.drive import NARROW, segments
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,21 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def in_precision(model: torch.nn.Module, precision: str) -> torch.nn.Module:
+    """Return the model, in float32 as it was, with the weights that an artifact of that precision holds.
+
+    Computing stays float32: what is then measured against it is the artifact's arithmetic, not the rounding of weights.
+    """
+    import torch
+
+    if precision in NARROW:
+        narrow = getattr(torch, NARROW[precision])
+        with torch.no_grad():
+            for parameter in model.parameters():  # tied ones once; buffers are no weights
+                parameter.copy_(parameter.to(narrow))
+    return model
 
 
 def eager_outputs(model: torch.nn.Module, tokens: Sequence[int], inputs: Sequence[TensorSpec]) -> dict[str, NDArray[np.float32]]:
