@@ -145,6 +145,17 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, epsilon:
     return torch.empty_like(x), torch.empty_like(x)
 
 
+@torch.library.custom_op("calque::quick_gelu", mutates_args=())
+def quick_gelu(x: Tensor, alpha: float) -> Tensor:
+    """Return x · sigmoid(alpha · x)."""
+    return x * torch.sigmoid(alpha * x)
+
+
+@quick_gelu.register_fake
+def _(x: Tensor, alpha: float) -> Tensor:
+    return torch.empty_like(x)
+
+
 @torch.library.custom_op("calque::rotary", mutates_args=())
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, size: int) -> Tensor:
     """Return heads [B, H, S, D] turned by their angles: pairs (a, b) become (a·cos - b·sin, b·cos + a·sin).

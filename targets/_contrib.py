@@ -53,9 +53,9 @@ def add_layer_norm(x: Any, residual: Any, weight: Any, bias: Any, epsilon: float
     return made[0], made[3]
 
 
-def silu(x: Any) -> Any:
-    """Return x · sigmoid(x)."""
-    return contrib("QuickGelu", [x], alpha=1.0)
+def quick_gelu(x: Any, alpha: float = 1.0) -> Any:
+    """Return x · sigmoid(alpha · x), which is SiLU where alpha is 1."""
+    return contrib("QuickGelu", [x], alpha=alpha)
 
 
 def grouped_attention(
@@ -96,5 +96,6 @@ CONTRIB: Table = {
     torch.ops.calque.rms_norm.default: rms_norm,
     torch.ops.calque.add_rms_norm.default: add_rms_norm,
     torch.ops.calque.add_layer_norm.default: add_layer_norm,
-    torch.ops.aten.silu.default: silu,
+    torch.ops.calque.quick_gelu.default: quick_gelu,
+    torch.ops.aten.silu.default: quick_gelu,
 }

@@ -110,6 +110,11 @@ def add_layer_norm(x: Any, residual: Any, weight: Any, bias: Any, epsilon: float
     return op.LayerNormalization(total, weight, bias, axis=-1, epsilon=epsilon)[0], total
 
 
+def quick_gelu(x: Any, alpha: float) -> Any:
+    """Return x · sigmoid(alpha · x), of which ONNX Runtime makes its QuickGelu when it loads."""
+    return op.Mul(x, op.Sigmoid(op.Mul(x, op.Constant(value_float=alpha))))
+
+
 def rotary(x: Any, cos: Any, sin: Any, interleaved: bool, size: int) -> Any:
     """Return standard ``RotaryEmbedding`` of [B, H, S, D]; where a part is turned, it wants both counts."""
     heads, part = (x.shape[1], size) if size != x.shape[3] else (0, 0)
@@ -146,6 +151,7 @@ STANDARD: Table = {
     torch.ops.calque.rms_norm.default: rms_norm,
     torch.ops.calque.add_rms_norm.default: add_rms_norm,
     torch.ops.calque.add_layer_norm.default: add_layer_norm,
+    torch.ops.calque.quick_gelu.default: quick_gelu,
     torch.ops.calque.rotary.default: rotary,
     torch.ops.calque.attention_mask.default: lambda full, key_mask, kind, window: op.Identity(full),
     torch.ops.calque.attention.default: attention,

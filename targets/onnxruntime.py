@@ -52,7 +52,9 @@ class OnnxRuntime:
     def passes(self, precision: str) -> tuple[Pass, ...]:
         """Return the passes of this target, in order."""
         from calque.passes.cache_dynamic import CacheDynamic
+        from calque.passes.fuse_gelu import FuseGelu
         from calque.passes.fuse_grouped_attention import FuseGroupedAttention
+        from calque.passes.fuse_layer_norm import FuseLayerNorm
         from calque.passes.fuse_residual_norm import FuseResidualNorm
         from calque.passes.fuse_rms_norm import FuseRmsNorm
         from calque.passes.fuse_rotary import FuseRotary
@@ -60,9 +62,12 @@ class OnnxRuntime:
         from calque.passes.transpose_linear import TransposeLinear
 
         if self.operators == "standard":
-            return (FuseRmsNorm(), FuseRotary(), CacheDynamic(), TransposeLinear())  # what follows, in operators of the standard
+            # What follows, in operators of the standard.
+            return (FuseGelu(), FuseRmsNorm(), FuseLayerNorm(), FuseRotary(), CacheDynamic(), TransposeLinear())
         return (
+            FuseGelu(),  # up to eight operators an activation become one
             FuseRmsNorm(),  # five operators a norm become one
+            FuseLayerNorm(),  # so do eight of a layer norm that is written out
             FuseRotary(),  # ten operators a head turned become one
             FuseResidualNorm(),  # a norm reads the sum before it once
             CacheDynamic(),  # past in, present out: the convention of every ONNX Runtime consumer

@@ -29,8 +29,8 @@ class Needy:
 
 def test_names_are_those_of_the_files() -> None:
     assert passes.names() == [
-        "cache_dynamic", "fuse_grouped_attention", "fuse_residual_norm", "fuse_rms_norm", "fuse_rotary", "keep_last_logits", "merge_qkv",
-        "pool_sentences", "transpose_linear",
+        "cache_dynamic", "fuse_gelu", "fuse_grouped_attention", "fuse_layer_norm", "fuse_residual_norm", "fuse_rms_norm", "fuse_rotary",
+        "keep_last_logits", "merge_qkv", "pool_sentences", "transpose_linear",
     ]  # fmt: skip
 
 

@@ -69,6 +69,7 @@ NORMS: dict[str, Callable[..., Any]] = {
     "add-layer": lambda x, y: calque.add_layer_norm(x, y, WEIGHT, BIAS, 1e-2),
     "add-layer-without-bias": lambda x, y: calque.add_layer_norm(x, y, WEIGHT, None, 1e-2),
     "silu": lambda x, y: torch.nn.functional.silu(x + y),
+    "quick-gelu": lambda x, y: calque.quick_gelu(x + y, 1.702),
 }
 
 
