@@ -12,26 +12,14 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset23 as op
 
-from calque.targets._to_onnx import STANDARD, Table, ints
+from calque.targets._to_onnx import STANDARD, Table, ints, recorded
 
 DOMAIN = "com.microsoft"
 
 
 def contrib(name: str, inputs: Sequence[Any], outputs: int = 1, domain: str = DOMAIN, **attributes: Any) -> Any:
-    """Return what an operator gives that no opset of onnxscript knows; a list where it has several outputs.
-
-    It is recorded as torch.onnx's own symbolic operators are. Source: torch/onnx/_internal/exporter/_torchlib/ops/symbolic.py@2.13.
-    """
-    from torch.onnx._internal.exporter import _core, _tensors
-
-    recorder = _core.current_tracer
-    assert recorder is not None, "only a translation that runs may place operators"
-    given = list(inputs)
-    while given and given[-1] is None:
-        given.pop()
-    made = [_tensors.SymbolicTensor(recorder.opset) for _ in range(outputs)]
-    recorder.nodes.append(ir.Node(domain, name, given, ir.convenience.convert_attributes(attributes), outputs=made, version=1))
-    return made[0] if outputs == 1 else made
+    """Return what an operator gives that no opset of onnxscript knows; a list where it has several outputs."""
+    return recorded(name, inputs, outputs, domain, **attributes)
 
 
 def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
@@ -39,6 +27,11 @@ def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
     if weight is None:
         return STANDARD[torch.ops.calque.rms_norm.default](x, weight, epsilon)
     return contrib("SimplifiedLayerNormalization", [x, weight], domain="", axis=-1, epsilon=epsilon, stash_type=1)
+
+
+def flat_rms_norm(x: Any, weight: Any, epsilon: float, heads: int) -> Any:
+    """Return ``BranchwiseRMSNorm``, which takes a head for a branch and so needs none as an axis of its own."""
+    return contrib("BranchwiseRMSNorm", [x, weight], num_branches=heads, epsilon=epsilon)
 
 
 def add_rms_norm(x: Any, residual: Any, weight: Any, epsilon: float) -> Any:
@@ -94,6 +87,7 @@ CONTRIB: Table = {
     **STANDARD,
     torch.ops.calque.grouped_attention.default: grouped_attention,
     torch.ops.calque.rms_norm.default: rms_norm,
+    torch.ops.calque.flat_rms_norm.default: flat_rms_norm,
     torch.ops.calque.add_rms_norm.default: add_rms_norm,
     torch.ops.calque.add_layer_norm.default: add_layer_norm,
     torch.ops.calque.quick_gelu.default: quick_gelu,

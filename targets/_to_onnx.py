@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,34 @@ DTYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int
 def ints(*values: int) -> Any:
     """Return a constant int64 tensor."""
     return op.Constant(value_ints=list(values))
+
+
+def recorded(name: str, inputs: Sequence[Any], outputs: int, domain: str = "", **attributes: Any) -> Any:
+    """Return what an operator gives; a list where it has several outputs, which onnxscript's own would not have.
+
+    It is recorded as torch.onnx's own symbolic operators are. Source: torch/onnx/_internal/exporter/_torchlib/ops/symbolic.py@2.13.
+    """
+    from torch.onnx._internal.exporter import _core, _tensors
+
+    recorder = _core.current_tracer
+    assert recorder is not None, "only a translation that runs may place operators"
+    given = list(inputs)
+    while given and given[-1] is None:
+        given.pop()
+    made = [_tensors.SymbolicTensor(recorder.opset) for _ in range(outputs)]
+    recorder.nodes.append(ir.Node(domain, name, given, ir.convenience.convert_attributes(attributes), outputs=made, version=1))
+    return made[0] if outputs == 1 else made
+
+
+def split_with_sizes(x: Any, sizes: Sequence[int], dim: int = 0) -> Any:
+    """Return the pieces as outputs of their own; torch.onnx would make a sequence of them."""
+    return tuple(recorded("Split", [x, ints(*sizes)], len(sizes), axis=dim)) if len(sizes) > 1 else (op.Identity(x),)
+
+
+def split(x: Any, size: int, dim: int = 0) -> Any:
+    """Return the pieces of one size, the last of which may be smaller."""
+    whole = x.shape[dim]
+    return split_with_sizes(x, [min(size, whole - start) for start in range(0, whole, size)], dim)
 
 
 def attention(q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float, sinks: Any, causal: bool) -> Any:
@@ -133,6 +161,12 @@ def mask_bias(mask: Any) -> Any:
     return op.Where(mask, shown, op.Constant(value_float=LOWEST))
 
 
+def padding_bias(key_mask: Any, queries: Any) -> Any:
+    """Return 0 where a key is no padding, and the lowest number where it is, for each query."""
+    row: Any = mask_bias(op.Unsqueeze(key_mask, ints(1, 2)))
+    return op.Expand(row, op.Concat(ints(1, 1), op.Shape(queries, start=1, end=2), ints(1), axis=0))
+
+
 def split_heads(x: Any, heads: int) -> Any:
     """Return heads as an axis of their own; batch and sequence are taken as they are, without arithmetic on shapes."""
     return op.Reshape(x, ints(0, 0, heads, -1))
@@ -146,6 +180,7 @@ def join_heads(x: Any) -> Any:
 STANDARD: Table = {
     torch.ops.calque.flat_rotary.default: flat_rotary,
     torch.ops.calque.mask_bias.default: mask_bias,
+    torch.ops.calque.padding_bias.default: padding_bias,
     torch.ops.calque.split_heads.default: split_heads,
     torch.ops.calque.join_heads.default: join_heads,
     torch.ops.calque.rms_norm.default: rms_norm,
@@ -157,6 +192,8 @@ STANDARD: Table = {
     torch.ops.calque.attention.default: attention,
     torch.ops.calque.keep_last.default: keep_last,
     torch.ops.aten.linear.default: linear,
+    torch.ops.aten.split_with_sizes.default: split_with_sizes,
+    torch.ops.aten.split.Tensor: split,
 }
 
 
