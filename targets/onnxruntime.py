@@ -59,11 +59,12 @@ class OnnxRuntime:
         from calque.passes.fuse_rms_norm import FuseRmsNorm
         from calque.passes.fuse_rotary import FuseRotary
         from calque.passes.merge_qkv import MergeQkv
+        from calque.passes.simplify_shapes import SimplifyShapes
         from calque.passes.transpose_linear import TransposeLinear
 
         if self.operators == "standard":
             # What follows, in operators of the standard.
-            return (FuseGelu(), FuseRmsNorm(), FuseLayerNorm(), FuseRotary(), CacheDynamic(), TransposeLinear())
+            return (FuseGelu(), FuseRmsNorm(), FuseLayerNorm(), FuseRotary(), CacheDynamic(), SimplifyShapes(), TransposeLinear())
         return (
             FuseGelu(),  # up to eight operators an activation become one
             FuseRmsNorm(),  # five operators a norm become one
@@ -73,6 +74,7 @@ class OnnxRuntime:
             CacheDynamic(),  # past in, present out: the convention of every ONNX Runtime consumer
             FuseGroupedAttention(self.padding),  # the cache is grown where it is read, not copied before
             MergeQkv(),  # one product where three read the same values
+            SimplifyShapes(),  # what is left of shapes, mostly of models whose attention is their own
             TransposeLinear(),  # MatMul reads [in, out]; a transposed constant would be copied when the session loads
         )
 
