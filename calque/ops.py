@@ -196,7 +196,7 @@ def flat_rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, heads: int) 
 
     ``weight`` [D] is that of every head, [heads·D] one for each.
     """
-    apart = rms_norm(x.reshape(x.shape[0], x.shape[1], heads, -1), None, epsilon)
+    apart: Tensor = rms_norm(x.reshape(x.shape[0], x.shape[1], heads, -1), None, epsilon)
     if weight is not None:
         apart = apart * weight.float().reshape(-1, apart.shape[-1])
     return apart.to(x.dtype).flatten(2)

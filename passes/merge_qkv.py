@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from calque.traced import TracedModel
 
 
+COUNTS = {2: "two", 3: "three"}
 flat_rotary = torch.ops.calque.flat_rotary.default
 flat_rms_norm = torch.ops.calque.flat_rms_norm.default
 
@@ -53,15 +54,13 @@ class MergeQkv:
                 continue
             steps, parts = _steps(attention.args[:3], names)
             whole = _cut_from(parts)
-            found = _projections(parts, names, model) if whole is None else None
+            found = projections(parts, "queries, keys and values", names, model) if whole is None else None
             if isinstance(found, str):
                 skipped.append((attention.name, found))
                 continue
             with model.graph.inserting_before(attention):
                 if found is not None:
-                    value, weights, biases = found
-                    stacked = [_stack(model, names, nodes) for nodes in (weights, biases) if nodes]
-                    whole = call(model.graph, aten.linear.default, value, *stacked)
+                    whole = merged(model, names, found, "qkv")
                 new = _cut(model, names, whole, parts, steps) if steps else (whole, None, None)
             attention.args = (*new, *attention.args[3:])
             count += 1
@@ -95,7 +94,7 @@ def _cut(
 ) -> tuple[Node, Node, Node]:
     """Return queries, keys and values cut from the whole, the steps done to queries and keys while they are one."""
     graph, sizes = model.graph, [int(part.meta["val"].shape[2]) for part in parts]
-    both, value = _split(graph, whole, [sizes[0] + sizes[1], sizes[2]])
+    both, value = cut(graph, whole, [sizes[0] + sizes[1], sizes[2]])
     for query, key in steps:
         heads = (int(query.args[-1]), int(key.args[-1]))  # type: ignore[arg-type]
         if calls(query, flat_rotary):
@@ -103,10 +102,12 @@ def _cut(
         else:
             weight = _each_head(model, names, (query.args[1], key.args[1]), heads)
             both = call(graph, flat_rms_norm, both, weight, query.args[2], sum(heads))
-    return (*_split(graph, both, sizes[:2]), value)
+    query, key = cut(graph, both, sizes[:2])
+    return query, key, value
 
 
-def _split(graph: torch.fx.Graph, value: Node, sizes: list[int]) -> tuple[Node, Node]:
+def cut(graph: torch.fx.Graph, value: Node, sizes: list[int]) -> tuple[Node, Node]:
+    """Return the two pieces of those sizes of the last axis of [B, S, D]."""
     pieces = call(graph, aten.split_with_sizes.default, value, sizes, 2)
     return call(graph, getitem, pieces, 0), call(graph, getitem, pieces, 1)
 
@@ -144,24 +145,31 @@ def _piece(part: Any) -> tuple[Node | None, int]:
     return whole.args[0], sum(int(piece.shape[2]) for piece in whole.meta["val"][: part.args[1]])
 
 
-def _projections(parts: Sequence[Any], names: dict[Node, str], model: TracedModel) -> tuple[Node, list[Node], list[Node]] | str:
-    """Return what all three project, their weights and their biases; or why they cannot be one."""
+def projections(parts: Sequence[Any], called: str, names: dict[Node, str], model: TracedModel) -> tuple[Node, list[Node], list[Node]] | str:
+    """Return what all parts project, their weights and their biases; or why they cannot be one product."""
     if not all(calls(part, aten.linear.default) and len(part.users) == 1 for part in parts):
-        return "its queries, keys and values are not three products as they come out"
+        return f"its {called} are not {COUNTS[len(parts)]} products as they come out"
     if len({part.args[0] for part in parts}) > 1:
-        return "its queries, keys and values are products of different values"
+        return f"its {called} are products of different values"
     weights = [part.args[1] for part in parts]
     biases = [part.args[2] for part in parts if len(part.args) > 2 and part.args[2] is not None]
-    if len(biases) not in (0, 3):
+    if len(biases) not in (0, len(parts)):
         return "some of its products have a bias, and some have none"
     if any(node not in names or len(node.users) > 1 or model.weights.tied(names[node]) for node in (*weights, *biases)):
         return "its weights are tied, or read by other operators too"
     return parts[0].args[0], weights, biases
 
 
-def _stack(model: TracedModel, names: dict[Node, str], parameters: Sequence[Node]) -> Node:
+def merged(model: TracedModel, names: dict[Node, str], found: tuple[Node, list[Node], list[Node]], ending: str) -> Node:
+    """Return one product, at the graph's insertion point, that gives those found one after the other."""
+    value, weights, biases = found
+    stacked = [_stack(model, names, nodes, ending) for nodes in (weights, biases) if nodes]
+    return call(model.graph, aten.linear.default, value, *stacked)
+
+
+def _stack(model: TracedModel, names: dict[Node, str], parameters: Sequence[Node], ending: str) -> Node:
     """Return a parameter that holds those given one after the other."""
     weights: list[Weight] = [model.weights[names[node]] for node in parameters]
     shape = (sum(weight.shape[0] for weight in weights), *weights[0].shape[1:])
-    merged = Derived(tuple(weights), "stack", lambda *tensors: torch.cat(tensors), torch_dtype_name(weights[0]), shape)
-    return model.add_parameter(f"{names[parameters[0]]}.qkv", merged, like=parameters[0])
+    made = Derived(tuple(weights), "stack", lambda *tensors: torch.cat(tensors), torch_dtype_name(weights[0]), shape)
+    return model.add_parameter(f"{names[parameters[0]]}.{ending}", made, like=parameters[0])

@@ -38,14 +38,14 @@ class SimplifyShapes:
 
     def apply(self, model: TracedModel) -> Rewrites:
         """Return one rewrite per value that was arranged, and the shapes that are computed still."""
-        count, skipped = 0, []
+        count, skipped = 0, list[tuple[str, str]]()
         for node in list(model.graph.nodes):
             product = only_user(node) if calls(node, aten.addmm.default) else None
             if product is not None and calls(product, aten.reshape.default) and (value := _flattened(node, product)) is not None:
                 bias, _, weight = node.args
                 with model.graph.inserting_before(product):
-                    new = call(model.graph, aten.add.Tensor, call(model.graph, aten.matmul.default, value, weight), bias)
-                product.replace_all_uses_with(new)
+                    multiplied = call(model.graph, aten.matmul.default, value, weight)
+                    product.replace_all_uses_with(call(model.graph, aten.add.Tensor, multiplied, bias))
                 count += 1
         for node in list(model.graph.nodes):
             if not calls(node, aten.reshape.default) or not node.users:

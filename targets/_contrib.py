@@ -22,6 +22,12 @@ def contrib(name: str, inputs: Sequence[Any], outputs: int = 1, domain: str = DO
     return recorded(name, inputs, outputs, domain, **attributes)
 
 
+def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """Return the product with a weight that stays [out, in], read as it is: a transposed one would be copied when the session loads."""
+    out = contrib("FusedMatMul", [x, weight], transB=1)
+    return out if bias is None else op.Add(out, bias)
+
+
 def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
     """Return ``SimplifiedLayerNormalization``, which belongs to the default domain without being in the standard."""
     if weight is None:
@@ -92,4 +98,5 @@ CONTRIB: Table = {
     torch.ops.calque.add_layer_norm.default: add_layer_norm,
     torch.ops.calque.quick_gelu.default: quick_gelu,
     torch.ops.aten.silu.default: quick_gelu,
+    torch.ops.aten.linear.default: linear,
 }

@@ -95,6 +95,16 @@ def test_norm_of_heads_beside_each_other_equals_its_reference(weight: Tensor | N
 
 
 @TABLES
+@pytest.mark.parametrize("bias", [None, draw(5)], ids=["without-bias", "with-bias"])
+def test_product_with_a_weight_as_it_is_stored_equals_its_reference(bias: Tensor | None, table: Table) -> None:
+    weight = draw(5, SIZE)
+    check(
+        lambda x: torch.nn.functional.linear(x + 1, weight, bias),
+        [{"x": draw(*size, SIZE)} for size in ((2, 3), (1, 1))], {"x": {0: "batch", 1: "sequence"}}, table,
+    )  # fmt: skip
+
+
+@TABLES
 def test_pieces_of_a_split_equal_their_reference(table: Table) -> None:
     sizes = [{"x": draw(*size, 10)} for size in ((2, 3), (1, 1))]
     axes = {"x": {0: "batch", 1: "sequence"}}
