@@ -157,6 +157,17 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, epsilon:
     return torch.empty_like(x), torch.empty_like(x)
 
 
+@torch.library.custom_op("calque::quick_gelu", mutates_args=())
+def quick_gelu(x: Tensor, alpha: float) -> Tensor:
+    """Return x · sigmoid(alpha · x)."""
+    return x * torch.sigmoid(alpha * x)
+
+
+@quick_gelu.register_fake
+def _(x: Tensor, alpha: float) -> Tensor:
+    return torch.empty_like(x)
+
+
 @torch.library.custom_op("calque::rotary", mutates_args=())
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, size: int) -> Tensor:
     """Return heads [B, H, S, D] turned by their angles: pairs (a, b) become (a·cos - b·sin, b·cos + a·sin).
@@ -188,6 +199,23 @@ def flat_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, size: in
 
 @flat_rotary.register_fake
 def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, size: int, heads: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("calque::flat_rms_norm", mutates_args=())
+def flat_rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, heads: int) -> Tensor:
+    """Return what ``rms_norm`` does with each of the heads that lie beside each other, [B, S, heads·D].
+
+    ``weight`` [D] is that of every head, [heads·D] one for each.
+    """
+    apart: Tensor = rms_norm(x.reshape(x.shape[0], x.shape[1], heads, -1), None, epsilon)
+    if weight is not None:
+        apart = apart * weight.float().reshape(-1, apart.shape[-1])
+    return apart.to(x.dtype).flatten(2)
+
+
+@flat_rms_norm.register_fake
+def _(x: Tensor, weight: Tensor | None, epsilon: float, heads: int) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -227,6 +255,21 @@ def _(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return mask.new_empty(mask.shape, dtype=dtype)
 
 
+@torch.library.custom_op("calque::padding_bias", mutates_args=())
+def padding_bias(key_mask: Tensor, queries: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return ``mask_bias`` of a mask that hides padding alone, from each of the queries: [B, 1, S, K].
+
+    ``key_mask`` bool [B, K], false where padding is; ``queries`` [B, S, …] says how many there are.
+    """
+    bias: Tensor = mask_bias(key_mask[:, None, None, :].expand(-1, 1, queries.shape[1], -1), dtype)
+    return bias
+
+
+@padding_bias.register_fake
+def _(key_mask: Tensor, queries: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return key_mask.new_empty(key_mask.shape[0], 1, queries.shape[1], key_mask.shape[1], dtype=dtype)
+
+
 def _seen(slots: Tensor, keys: int, window: int) -> Tensor:
     """Return which slots a query at each of ``slots`` [B, S] sees, bool [B, 1, S, keys]: none later, at most ``window`` back."""
     query, key = slots[:, None, :, None], torch.arange(keys)
@@ -256,7 +299,8 @@ def grouped_attention(
 
     q [B, S, heads·D], k and v [B, S, kv_heads·D] as projections leave them, or all three beside each other in q; past
     [B, kv_heads, P, D]. One of two:
-    - ``bias`` float [B, 1, S, P + S], as ``mask_bias`` makes it, hides keys; slots of the cache are those of the call, padding included.
+    - ``bias`` float [B, 1, S, P + S], as ``mask_bias`` makes it, hides keys, as do later slots than a query's own; slots of the cache
+      are those of the call, padding included.
     - ``key_mask`` int64 [B, P + S], padding on the right alone: each row's tokens fill its slots from 0 without gaps, the
       rest of the cache is unspecified. Causal, ``window`` keys back where that is not 0. ``cos``, ``sin`` [longest, R/2]:
       queries and keys are turned by their slots.
@@ -277,7 +321,9 @@ def grouped_attention(
         torch.cat([old, torch.zeros_like(x)], 2).scatter(2, slots[:, None, :, None].expand_as(x), x)
         for old, x in ((past_key, key), (past_value, value))
     )
-    mask = _seen(slots, past + new, window) if bias is None else bias > torch.finfo(bias.dtype).min / 2
+    mask = _seen(slots, past + new, window)
+    if bias is not None:
+        mask = mask & (bias > torch.finfo(bias.dtype).min / 2)
     out = decompose_attention(query, whole_key, whole_value, mask, scale, softcap, sinks, True)
     return out.transpose(1, 2).reshape(batch, new, -1), whole_key, whole_value
 

@@ -53,7 +53,7 @@ PRODUCTS = {
     aten.scaled_dot_product_attention, calque.attention, calque.grouped_attention, calque.cache_update,
 }  # fmt: skip
 # What is in the type of its first argument, weights and angles with it; numbers among its arguments are not of that type.
-FOLLOWING = {aten.layer_norm, aten.group_norm, calque.rms_norm, calque.rotary, calque.flat_rotary}
+FOLLOWING = {aten.layer_norm, aten.group_norm, calque.rms_norm, calque.flat_rms_norm, calque.rotary, calque.flat_rotary}
 JOINED = {calque.add_rms_norm, calque.add_layer_norm}
 # What leaves the range, or loses the digits, of a narrow type.
 SUMS = {
@@ -194,8 +194,8 @@ class _Casting:
         """Return the value in ``dtype``, made once, where its first user wants it."""
         if (value, dtype) not in self.casts:
             with self.model.graph.inserting_before(user):
-                if calls(value, calque.mask_bias.default):
-                    made = call(self.model.graph, calque.mask_bias.default, value.args[0], dtype)
+                if calls(value, calque.mask_bias.default) or calls(value, calque.padding_bias.default):
+                    made = call(self.model.graph, value.target, *value.args, dtype)
                 else:
                     made = call(self.model.graph, aten._to_copy.default, value, dtype=dtype)
             self.casts[value, dtype] = made

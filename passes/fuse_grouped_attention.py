@@ -8,7 +8,8 @@
             reshape(transpose(calque.attention(%q, %k, %v, %mask, …)))
     after   %out, present.0.key, present.0.value = calque.grouped_attention(
                 %query, %key, %value, %past_key, %past_value, …)
-    padding any           takes the mask as a bias, queries and keys turned before it: exact wherever padding lies
+    padding any           takes the mask as a bias, of padding alone where there is no window; queries and keys turned before it:
+                          exact wherever padding lies
     padding right, none   takes how many tokens a row holds, and a table of angles: a row's cache has no gaps
     left    heads of several sizes or of no multiple of 8, keys shared between layers, masks that reach ahead
 
@@ -38,6 +39,7 @@ attention = torch.ops.calque.attention.default
 grouped = torch.ops.calque.grouped_attention.default
 rotary = torch.ops.calque.rotary.default
 flat_rotary = torch.ops.calque.flat_rotary.default
+rms_norm = torch.ops.calque.rms_norm.default
 join_heads = torch.ops.calque.join_heads.default
 # Masks that hide what comes later, as the operator does by itself.
 CAUSAL = ("causal", "sliding", "chunked")
@@ -136,10 +138,19 @@ class _Inputs:
         self._tables: dict[tuple[str, Any, float], Node] = {}
 
     def bias(self, mask: Any) -> Node:
-        """Return the mask as what is added to scores, made once a mask, where the mask is made."""
+        """Return the mask as what is added to scores, made once a mask, before the first attention that needs it.
+
+        The operator hides later slots itself. Of two tokens the later one has the later slot, wherever padding lies, so a mask
+        that hides nothing else but padding needs no positions.
+        """
         if mask not in self._biases:
-            with self.model.graph.inserting_after(mask):
-                self._biases[mask] = call(self.model.graph, torch.ops.calque.mask_bias.default, mask)
+            key_mask, kind = mask.args[1:3]
+            if kind == "causal" and key_mask is not None:
+                tokens = next(iter(self.model.placeholders().values()))
+                made = call(self.model.graph, torch.ops.calque.padding_bias.default, key_mask, tokens)
+            else:
+                made = call(self.model.graph, torch.ops.calque.mask_bias.default, mask)
+            self._biases[mask] = made
         return self._biases[mask]
 
     def tables(self, layer: _Layer) -> tuple[Node, Node] | None:
@@ -194,13 +205,13 @@ def _join(model: TracedModel, layer: _Layer, inputs: _Inputs, gaps: bool) -> Non
     graph = model.graph
     heads, groups = layer.heads
     tables = None if gaps else inputs.tables(layer)
-    bias = inputs.bias(layer.attention.args[3]) if gaps else None
     lengths = None if gaps else model.placeholders()["attention_mask"]
     scale, softcap, sinks = layer.attention.args[4:7]
     with graph.inserting_before(layer.attention):
         query = _flat(graph, layer.query, heads, turned=tables is None)
         key = _flat(graph, layer.key, groups, turned=tables is None)
         value = _flat(graph, layer.value, groups)
+        bias = inputs.bias(layer.attention.args[3]) if gaps else None
         cos, sin, interleaved = (*tables, layer.query.args[3]) if tables else (None, None, False)
         fused = call(
             graph, grouped, query, key, value, layer.past_key, layer.past_value, bias, lengths, cos, sin, sinks,
@@ -213,18 +224,26 @@ def _join(model: TracedModel, layer: _Layer, inputs: _Inputs, gaps: bool) -> Non
 
 
 def _flat(graph: torch.fx.Graph, part: Any, heads: int, turned: bool = True) -> Node:
-    """Return heads [B, H, S, D] as a projection gave them, [B, S, H·D]; rotated, where they were, if ``turned``."""
+    """Return heads [B, H, S, D] as a projection gave them, [B, S, H·D]; normed where they were, rotated too if ``turned``."""
     if calls(part, rotary):
         value, *angles = part.args
         flat = _flat(graph, value, heads)
         return call(graph, flat_rotary, flat, *angles, heads) if turned else flat
+    if calls(part, rms_norm):
+        return call(graph, torch.ops.calque.flat_rms_norm.default, _flat(graph, part.args[0], heads), *part.args[1:], heads)
     if calls(part, aten.transpose.int) and set(part.args[1:]) == {1, 2}:
-        apart: Any = part.args[0]
-        whole: Node | None = apart.args[0] if calls(apart, aten.reshape.default) else None
-        if whole is not None and whole.meta["val"].dim() == 3 and _same(whole.meta["val"].shape[2], heads * apart.meta["val"].shape[3]):
-            return whole
-        return call(graph, join_heads, apart)
+        return _beside(graph, part.args[0], heads)
     return call(graph, join_heads, call(graph, aten.transpose.int, part, 1, 2))
+
+
+def _beside(graph: torch.fx.Graph, apart: Any, heads: int) -> Node:
+    """Return heads [B, S, H, D] as a projection gave them, [B, S, H·D]; normed where they were."""
+    if calls(apart, rms_norm):
+        return call(graph, torch.ops.calque.flat_rms_norm.default, _beside(graph, apart.args[0], heads), *apart.args[1:], heads)
+    whole: Node | None = apart.args[0] if calls(apart, aten.reshape.default) else None
+    if whole is not None and whole.meta["val"].dim() == 3 and _same(whole.meta["val"].shape[2], heads * apart.meta["val"].shape[3]):
+        return whole
+    return call(graph, join_heads, apart)
 
 
 def _same(one: Any, other: Any) -> bool:

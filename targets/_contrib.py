@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset23 as op
 
-from calque.targets._to_onnx import STANDARD, Table, ints, placed
+from calque.targets._standard import STANDARD, Table, ints, placed
 
 DOMAIN = "com.microsoft"
 
@@ -22,11 +22,22 @@ def contrib(name: str, inputs: Sequence[Any], outputs: int = 1, domain: str = DO
     return placed(name, inputs, outputs, domain, **attributes)
 
 
+def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """Return the product with a weight that stays [out, in], read as it is: a transposed one would be copied when the session loads."""
+    out = contrib("FusedMatMul", [x, weight], transB=1)
+    return out if bias is None else op.Add(out, bias)
+
+
 def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
     """Return ``SimplifiedLayerNormalization``, which belongs to the default domain without being in the standard."""
     if weight is None:
         return STANDARD[torch.ops.calque.rms_norm.default](x, weight, epsilon)
     return contrib("SimplifiedLayerNormalization", [x, weight], domain="", axis=-1, epsilon=epsilon, stash_type=1)
+
+
+def flat_rms_norm(x: Any, weight: Any, epsilon: float, heads: int) -> Any:
+    """Return ``BranchwiseRMSNorm``, which takes a head for a branch and so needs none as an axis of its own."""
+    return contrib("BranchwiseRMSNorm", [x, weight], num_branches=heads, epsilon=epsilon)
 
 
 def add_rms_norm(x: Any, residual: Any, weight: Any, epsilon: float) -> Any:
@@ -41,9 +52,9 @@ def add_layer_norm(x: Any, residual: Any, weight: Any, bias: Any, epsilon: float
     return made[0], made[3]
 
 
-def silu(x: Any) -> Any:
-    """Return x · sigmoid(x)."""
-    return contrib("QuickGelu", [x], alpha=1.0)
+def quick_gelu(x: Any, alpha: float = 1.0) -> Any:
+    """Return x · sigmoid(alpha · x), which is SiLU where alpha is 1."""
+    return contrib("QuickGelu", [x], alpha=alpha)
 
 
 def grouped_attention(
@@ -82,7 +93,10 @@ CONTRIB: Table = {
     **STANDARD,
     torch.ops.calque.grouped_attention.default: grouped_attention,
     torch.ops.calque.rms_norm.default: rms_norm,
+    torch.ops.calque.flat_rms_norm.default: flat_rms_norm,
     torch.ops.calque.add_rms_norm.default: add_rms_norm,
     torch.ops.calque.add_layer_norm.default: add_layer_norm,
-    torch.ops.aten.silu.default: silu,
+    torch.ops.calque.quick_gelu.default: quick_gelu,
+    torch.ops.aten.silu.default: quick_gelu,
+    torch.ops.aten.linear.default: linear,
 }

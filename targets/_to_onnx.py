@@ -1,4 +1,4 @@
-"""From the traced graph to an ONNX model in standard operators, its weights lazy. Shared by the targets that speak ONNX.
+"""From the traced graph to an ONNX model, its weights lazy. Shared by the targets that speak ONNX.
 
 torch.onnx translates; two things are ours. The graph goes in as it is where every operator has a translation: torch.onnx
 would otherwise decompose it first, tracing it twice more, which costs several times the translation. And initializers
@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
-import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as stock
 import torch
-from onnxscript import opset23 as op
 from torch.fx import Node
 
 from calque.errors import Unsupported
 from calque.targets import Problem
+from calque.targets._standard import SLOTS, SLOTS_OPSET, STANDARD, Table
 from calque.traced import TracedModel, source_of
 from calque.weights import Weight, torch_dtype_name
 
@@ -31,165 +29,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 OPSET = 23
-# What came after the last opset that torch.onnx writes: the operator, and the opset that has it.
-SLOTS, SLOTS_OPSET = "TensorScatter", 24
 ASSERTIONS = {torch.ops.aten._assert_scalar.default, torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_async.msg}
-LOWEST = float(torch.finfo(torch.float32).min)
-FLOAT = ir.DataType.FLOAT
-
-Table = Mapping[Any, Callable[..., Any]]
-
 DTYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
-
-
-def ints(*values: int) -> Any:
-    """Return a constant int64 tensor."""
-    return op.Constant(value_ints=list(values))
-
-
-def placed(name: str, inputs: Sequence[Any], outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
-    """Return what an operator gives that no opset of onnxscript knows; a list where it has several outputs.
-
-    It is recorded as torch.onnx's own symbolic operators are. Source: torch/onnx/_internal/exporter/_torchlib/ops/symbolic.py@2.13.
-    """
-    from torch.onnx._internal.exporter import _core, _tensors
-
-    recorder = _core.current_tracer
-    assert recorder is not None, "only a translation that runs may place operators"
-    given = list(inputs)
-    while given and given[-1] is None:
-        given.pop()
-    made = [_tensors.SymbolicTensor(recorder.opset) for _ in range(outputs)]
-    recorder.nodes.append(ir.Node(domain, name, given, ir.convenience.convert_attributes(attributes), outputs=made, version=1))
-    return made[0] if outputs == 1 else made
-
-
-def write_slots(past: Any, new: Any, write_indices: Any) -> Any:
-    """Return ``TensorScatter``, which ONNX Runtime does in place where input and output are bound to the same memory."""
-    return placed(SLOTS, [past, new, write_indices], axis=-2)
-
-
-def attention(q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float, sinks: Any, causal: bool) -> Any:
-    """Return standard ``Attention``, which repeats keys and values itself; sinks, which it lacks, are written out."""
-    if mask is None and causal:
-        mask = lower_right(q, k)
-    if sinks is None:
-        precision: dict[str, int] = {} if q.dtype == FLOAT else {"softmax_precision": FLOAT}
-        return op.Attention(q, k, v, mask, scale=scale, softcap=softcap, **precision)[0]
-    heads, groups, size, value_size = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
-    grouped = op.Reshape(q, ints(0, groups, heads // groups, -1, size))
-    key = op.Transpose(op.Unsqueeze(k, ints(2)), perm=[0, 1, 2, 4, 3])
-    scores = op.Mul(wide(op.MatMul(grouped, key)), op.Constant(value_float=scale))
-    if softcap > 0:
-        cap = op.Constant(value_float=softcap)
-        scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
-    if mask is not None:
-        scores = op.Where(op.Unsqueeze(mask, ints(1)), scores, op.Constant(value_float=LOWEST))
-    # A sink is one more score per head and query. Adding it to zeros of the row's shape broadcasts it there.
-    zeros = op.Mul(op.ReduceMax(scores, ints(-1), keepdims=1), op.Constant(value_float=0.0))
-    sink = op.Add(zeros, op.Reshape(wide(sinks), ints(1, groups, heads // groups, 1, 1)))
-    weights = op.Softmax(op.Concat(scores, sink, axis=-1), axis=-1)
-    weights = op.Slice(weights, ints(0), ints(-1), ints(-1))
-    out = op.MatMul(op.CastLike(weights, v), op.Unsqueeze(v, ints(2)))
-    return op.Reshape(out, ints(0, heads, -1, value_size))
-
-
-def wide(x: Any) -> Any:
-    """Return the value in float32."""
-    return x if x.dtype == FLOAT else op.Cast(x, to=FLOAT)
-
-
-def lower_right(q: Any, k: Any) -> Any:
-    """Return the causal mask of queries that are the last of the keys, bool [1, 1, Q, K]; ``is_causal`` would mean the first."""
-    queries: Any = op.Squeeze(op.Shape(q, start=2, end=3))
-    keys: Any = op.Squeeze(op.Shape(k, start=2, end=3))
-    zero: Any = op.Constant(value_int=0)
-    one: Any = op.Constant(value_int=1)
-    key: Any = op.Range(zero, keys, one)
-    last_seen: Any = op.Add(op.Range(zero, queries, one), op.Sub(keys, queries))
-    return op.LessOrEqual(op.Unsqueeze(key, ints(0, 1, 2)), op.Unsqueeze(last_seen, ints(0, 1, 3)))
-
-
-def keep_last(hidden: Any, count: Any) -> Any:
-    """Return the last positions; a count of 0 starts the slice at 0 and so keeps all."""
-    axis = ints(1)
-    start = op.Reshape(op.Neg(count), ints(1))
-    return op.Slice(hidden, start, ints(2**63 - 1), axis)
-
-
-def linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    """Return the product with a weight that stays [out, in] because something else reads it too (a tied head)."""
-    out = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
-    return out if bias is None else op.Add(out, bias)
-
-
-def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
-    """Return standard ``RMSNormalization``; without a weight, what it is made of."""
-    if weight is None:
-        full = wide(x)
-        mean = op.ReduceMean(op.Mul(full, full), ints(-1), keepdims=1)
-        return op.CastLike(op.Div(full, op.Sqrt(op.Add(mean, op.Constant(value_float=epsilon)))), x)
-    return op.RMSNormalization(x, weight, axis=-1, epsilon=epsilon)
-
-
-def add_rms_norm(x: Any, residual: Any, weight: Any, epsilon: float) -> Any:
-    """Return the norm of the sum, and the sum."""
-    total = op.Add(x, residual)
-    return rms_norm(total, weight, epsilon), total
-
-
-def add_layer_norm(x: Any, residual: Any, weight: Any, bias: Any, epsilon: float) -> Any:
-    """Return the layer norm of the sum, and the sum."""
-    total = op.Add(x, residual)
-    return op.LayerNormalization(total, weight, bias, axis=-1, epsilon=epsilon)[0], total
-
-
-def rotary(x: Any, cos: Any, sin: Any, interleaved: bool, size: int) -> Any:
-    """Return standard ``RotaryEmbedding`` of [B, H, S, D]; where a part is turned, it wants both counts."""
-    heads, part = (x.shape[1], size) if size != x.shape[3] else (0, 0)
-    return op.RotaryEmbedding(x, cos, sin, interleaved=int(interleaved), num_heads=heads, rotary_embedding_dim=part)
-
-
-def flat_rotary(x: Any, cos: Any, sin: Any, interleaved: bool, size: int, heads: int) -> Any:
-    """Return standard ``RotaryEmbedding`` of heads beside each other, [B, S, heads·D]."""
-    part = size if size * heads != x.shape[2] else 0
-    return op.RotaryEmbedding(x, cos, sin, interleaved=int(interleaved), num_heads=heads, rotary_embedding_dim=part)
-
-
-def mask_bias(mask: Any, dtype: int = FLOAT) -> Any:
-    """Return 0 where the mask shows a key, and the lowest number of the type where not."""
-    numpy = ir.DataType(dtype).numpy()
-    lowest: Any = ml_dtypes.finfo(numpy).min  # type: ignore[no-untyped-call]
-    constants: list[Any] = [ir.tensor(np.array(number, numpy)) for number in (0, lowest)]
-    shown, hidden = (cast("Any", op.Constant(value=number)) for number in constants)
-    return op.Where(mask, shown, hidden)
-
-
-def split_heads(x: Any, heads: int) -> Any:
-    """Return heads as an axis of their own; batch and sequence are taken as they are, without arithmetic on shapes."""
-    return op.Reshape(x, ints(0, 0, heads, -1))
-
-
-def join_heads(x: Any) -> Any:
-    """Return heads beside each other; batch and sequence are taken as they are."""
-    return op.Reshape(x, ints(0, 0, -1))
-
-
-STANDARD: Table = {
-    torch.ops.calque.flat_rotary.default: flat_rotary,
-    torch.ops.calque.mask_bias.default: mask_bias,
-    torch.ops.calque.split_heads.default: split_heads,
-    torch.ops.calque.join_heads.default: join_heads,
-    torch.ops.calque.rms_norm.default: rms_norm,
-    torch.ops.calque.add_rms_norm.default: add_rms_norm,
-    torch.ops.calque.add_layer_norm.default: add_layer_norm,
-    torch.ops.calque.rotary.default: rotary,
-    torch.ops.calque.attention_mask.default: lambda full, key_mask, kind, window: op.Identity(full),
-    torch.ops.calque.attention.default: attention,
-    torch.ops.calque.keep_last.default: keep_last,
-    torch.ops.calque.write_slots.default: write_slots,
-    torch.ops.aten.linear.default: linear,
-}
 
 
 @cache

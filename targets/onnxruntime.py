@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from calque.session import Session
-    from calque.targets._to_onnx import Table
+    from calque.targets._standard import Table
     from calque.traced import TracedModel
 
 FILE = "model.onnx"
@@ -61,27 +61,37 @@ class OnnxRuntime:
         from calque.passes.cache_dynamic import CacheDynamic
         from calque.passes.cache_static import CacheStatic
         from calque.passes.cast_precision import NARROW, CastPrecision
+        from calque.passes.fuse_gelu import FuseGelu
         from calque.passes.fuse_grouped_attention import FuseGroupedAttention
+        from calque.passes.fuse_layer_norm import FuseLayerNorm
         from calque.passes.fuse_residual_norm import FuseResidualNorm
         from calque.passes.fuse_rms_norm import FuseRmsNorm
         from calque.passes.fuse_rotary import FuseRotary
         from calque.passes.merge_qkv import MergeQkv
+        from calque.passes.simplify_shapes import SimplifyShapes
         from calque.passes.transpose_linear import TransposeLinear
 
         # Last: casts would stand between what the others look for, and tables that they make are weights too.
         cast = (CastPrecision(NARROW[precision], self.arithmetic),) if precision in NARROW else ()
         cache = CacheStatic() if self.cache == "static" else CacheDynamic()
         if self.operators == "standard":
-            return (FuseRmsNorm(), FuseRotary(), cache, TransposeLinear(), *cast)  # what follows, in operators of the standard
-        if self.cache == "static":  # the standard's attention reads slots
-            return (FuseRmsNorm(), FuseRotary(), FuseResidualNorm(), cache, TransposeLinear(), *cast)
-        return (
+            # What follows, in operators of the standard.
+            return (FuseGelu(), FuseRmsNorm(), FuseLayerNorm(), FuseRotary(), cache, SimplifyShapes(), TransposeLinear(), *cast)
+        joined = (
+            FuseGelu(),  # up to eight operators an activation become one
             FuseRmsNorm(),  # five operators a norm become one
+            FuseLayerNorm(),  # so do eight of a layer norm that is written out
             FuseRotary(),  # ten operators a head turned become one
             FuseResidualNorm(),  # a norm reads the sum before it once
-            CacheDynamic(),  # past in, present out: the convention of every ONNX Runtime consumer
+        )
+        if self.cache == "static":
+            return (*joined, cache, SimplifyShapes(), TransposeLinear(), *cast)  # the standard's attention reads slots
+        return (
+            *joined,
+            cache,  # past in, present out: the convention of every ONNX Runtime consumer
             FuseGroupedAttention(self.padding),  # the cache is grown where it is read, not copied before
             MergeQkv(),  # one product where three read the same values
+            SimplifyShapes(),  # what is left of shapes, mostly of models whose attention is their own
             TransposeLinear(),  # MatMul reads [in, out]; a transposed constant would be copied when the session loads
             *cast,
         )
@@ -99,9 +109,9 @@ class OnnxRuntime:
         return _to_onnx.to_onnx(model, self._table())
 
     def _table(self) -> Table:
-        from calque.targets import _contrib, _to_onnx
+        from calque.targets import _contrib, _standard
 
-        return _contrib.CONTRIB if self.operators == "fused" else _to_onnx.STANDARD
+        return _contrib.CONTRIB if self.operators == "fused" else _standard.STANDARD
 
     def emit(self, lowered: ir.Model, model: TracedModel, folder: Path) -> Emitted:
         """Write model.onnx and model.onnx.data; one tensor is in memory at a time."""

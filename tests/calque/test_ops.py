@@ -186,9 +186,12 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "add_layer_norm": (calque.add_layer_norm.default, (torch.randn(2, 3, SIZE), torch.randn(2, 3, SIZE), torch.randn(SIZE), None, 1e-5)),
     "rotary": (calque.rotary.default, (torch.randn(2, 4, 3, SIZE), torch.randn(2, 3, 2), torch.randn(2, 3, 2), True, 4)),
     "flat_rotary": (calque.flat_rotary.default, (torch.randn(2, 3, 4 * SIZE), torch.randn(2, 3, 4), torch.randn(2, 3, 4), False, 8, 4)),
+    "flat_rms_norm": (calque.flat_rms_norm.default, (torch.randn(2, 3, 4 * SIZE), torch.randn(SIZE), 1e-5, 4)),
     "split_heads": (calque.split_heads.default, (torch.randn(2, 3, 4 * SIZE), 4)),
     "join_heads": (calque.join_heads.default, (torch.randn(2, 3, 4, SIZE),)),
     "mask_bias": (calque.mask_bias.default, (some_mask(),)),
+    "padding_bias": (calque.padding_bias.default, (torch.ones(BATCH, KEYS, dtype=torch.bool), torch.randn(BATCH, QUERIES, 2))),
+    "quick_gelu": (calque.quick_gelu.default, (torch.randn(2, 3), 1.702)),
     "grouped_attention": (calque.grouped_attention.default, grouped(some_mask())),
     "grouped_attention_by_held_tokens": (calque.grouped_attention.default, grouped(None)),
 }

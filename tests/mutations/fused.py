@@ -29,6 +29,10 @@ OF_THE_MASK = {
     "mask without past", "window off by one", "window ignored", "window invented",
 }  # fmt: skip
 
+# What padding any reads of every mask, and what of none: later slots are hidden by the operator, windows only read where a layer has one.
+ALWAYS_READ = {"padding ignored", "padding taken as right"}
+NEVER_READ = {"causality one too wide", "causality dropped", "window invented"}
+
 
 def fused(model: TracedModel, padding: Any) -> TracedModel:
     """The model itself, every operator joined that the target joins."""
@@ -37,6 +41,15 @@ def fused(model: TracedModel, padding: Any) -> TracedModel:
             refresh(node)
     passes.run(OnnxRuntime(padding=padding).passes("fp32"), model)
     return model
+
+
+def healed(mutation: str, model: TracedModel, padding: str) -> bool:
+    """Whether joining took out of the model what the mutation had broken."""
+    if padding != "any":
+        return mutation in OF_THE_MASK
+    biases = [node.args[BIAS] for node in user_nodes(model.graph.nodes, grouped)]
+    padding_alone = all(isinstance(bias, Node) and bias.target is torch.ops.calque.padding_bias.default for bias in biases)
+    return mutation in NEVER_READ or (padding_alone and mutation in OF_THE_MASK - ALWAYS_READ)
 
 
 def first_failure(gate: TracedGate, model: TracedModel) -> Row | None:

@@ -125,13 +125,16 @@ def test_angles_are_computed_in_float32_whatever_turns_by_them() -> None:
     assert {dtype_of(part) for turn in turns for part in turn.all_input_nodes} == {torch.float16}
 
 
-def test_what_hides_keys_is_the_lowest_number_of_the_type_and_not_infinity() -> None:
-    model = joined("llama")
+@pytest.mark.parametrize(("name", "operator"), [("llama", "padding_bias"), ("mixtral", "mask_bias")])
+def test_what_hides_keys_is_the_lowest_number_of_the_type_and_not_infinity(name: str, operator: str) -> None:
+    model = joined(name)
     passes.run([CastPrecision()], model)
-    biases = [node for node in model.graph.nodes if node.target is torch.ops.calque.mask_bias.default]
-    assert [node.args[1] for node in biases] == [torch.float16]
+    biases = [node for node in model.graph.nodes if node.target is getattr(torch.ops.calque, operator).default]
+    assert [node.args[-1] for node in biases] == [torch.float16]
     hidden = torch.ops.calque.mask_bias(torch.tensor([True, False]), torch.float16)
     assert hidden.tolist() == [0.0, -65504.0]
+    row = torch.ops.calque.padding_bias(torch.tensor([[True, False]]), torch.zeros(1, 3), torch.float16)
+    assert row.tolist() == [[[hidden.tolist()] * 3]]
 
 
 def test_choice_of_experts_is_made_by_float32_products() -> None:

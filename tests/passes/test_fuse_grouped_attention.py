@@ -14,6 +14,7 @@ from calque.artifact import Limits
 from calque.passes import Rewrites
 from calque.passes.cache_dynamic import CacheDynamic
 from calque.passes.fuse_grouped_attention import FuseGroupedAttention
+from calque.passes.fuse_rms_norm import FuseRmsNorm
 from calque.passes.fuse_rotary import FuseRotary
 from calque.states import key_value_states
 from calque.traced import TracedModel, user_nodes
@@ -68,14 +69,20 @@ def test_attention_of_a_models_own_is_left() -> None:
 
 
 def test_mask_is_a_bias_for_padding_anywhere_and_made_once_a_kind() -> None:
-    model = traced("gemma2")
+    model = traced("gemma3_text")
     _, made = joined(model, "any")
-    assert [(args[5].target, args[6]) for args in made] == [(torch.ops.calque.mask_bias.default, None)] * 2
-    assert histogram(model)["calque.mask_bias.default"] == 2
-    assert [args[14] for args in made] == [0, 0]
+    window, whole = torch.ops.calque.mask_bias.default, torch.ops.calque.padding_bias.default
+    assert [(args[5].target, args[6]) for args in made] == [(window, None), (whole, None), (window, None)]
+    assert made[0][5] is made[2][5]
+    assert [args[14] for args in made] == [0, 0, 0]
+
+
+def test_mask_without_a_window_is_reduced_to_its_padding() -> None:
     model = traced("llama")
     joined(model, "any")
-    assert histogram(model)["calque.mask_bias.default"] == 1
+    left = histogram(model)
+    assert left["calque.padding_bias.default"] == 1
+    assert left["calque.mask_bias.default"] == left["aten.cumsum.default"] == left["aten.le.Tensor"] == 0
 
 
 @pytest.mark.parametrize("padding", ["right", "none"])
@@ -103,10 +110,14 @@ def test_flat_heads_are_taken_as_projections_leave_them() -> None:
     assert left["aten.reshape.default"] == left["aten.transpose.int"] == left["calque.join_heads.default"] == 0
 
 
-def test_normed_heads_are_joined_again() -> None:
-    model = traced("qwen3")
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text"], ids=["before-heads-move-in-front", "after"])
+def test_normed_heads_stay_beside_each_other(name: str) -> None:
+    model = traced(name)
+    passes.run([FuseRmsNorm()], model)
     joined(model, "any")
-    assert histogram(model)["calque.join_heads.default"] == 4
+    left = histogram(model)
+    assert left["calque.flat_rms_norm.default"] == 2 * model.layers
+    assert left["calque.join_heads.default"] == left["aten.transpose.int"] == left["aten.reshape.default"] == 0
 
 
 TABLED: dict[str, tuple[Tiny, int, bool]] = {

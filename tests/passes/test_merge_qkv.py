@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -69,23 +70,52 @@ def test_three_products_of_one_value_are_one_with_their_weights_stacked(tiny: Ti
 
 
 @pytest.mark.parametrize(
-    ("tiny", "padding"),
-    [(TYPES["llama"], "right"), (LLAMA16, "any"), (QWEN3_16, "right"), (TYPES["phi3"], "any")],
-    ids=["turned-before", "turned-before-for-padding", "normed-before", "turned-slices"],
-)
-def test_products_that_are_turned_or_normed_first_are_left_and_the_reason_given(tiny: Tiny, padding: str) -> None:
-    assert left_alone(MergeQkv(), ready(traced_as(tiny), padding)) == {APART}
+    ("tiny", "padding", "steps"),
+    [
+        (TYPES["llama"], "right", ["flat_rotary"]), (LLAMA16, "any", ["flat_rotary"]), (QWEN3_16, "right", ["flat_rms_norm"]),
+        (QWEN3_16, "any", ["flat_rms_norm", "flat_rotary"]), (TYPES["phi3"], "any", ["flat_rotary"]),
+    ],
+    ids=["turned-before", "turned-before-for-padding", "normed-before", "normed-and-turned", "turned-slices"],
+)  # fmt: skip
+def test_queries_and_keys_that_are_changed_on_the_way_are_changed_as_one(tiny: Tiny, padding: str, steps: list[str]) -> None:
+    model = ready(traced_as(tiny), padding)
+    done = check_pass(MergeQkv(), model, prompt(model))
+    assert (done.count, done.skipped) == (2, ())
+    for step in steps:
+        made = user_nodes(model.graph.nodes, getattr(torch.ops.calque, step).default)
+        assert [node.args[-1] for node in made] == [6, 6]
+    assert len(user_nodes(model.graph.nodes, torch.ops.aten.split_with_sizes.default)) == 4
+
+
+def test_weight_of_normed_heads_is_repeated_for_each() -> None:
+    model = ready(traced_as(QWEN3_16), "any")
+    one, other = (model.weights[f"model.layers.0.self_attn.{kind}_norm.weight"] for kind in "qk")
+    MergeQkv().apply(model)
+    weight = model.weights["model.layers.0.self_attn.q_norm.weight.heads"]
+    assert torch.equal(weight.read(), torch.cat([one.read().repeat(4), other.read().repeat(2)]))
 
 
 def test_layer_without_rotation_is_merged_beside_one_with_it() -> None:
     tiny = Tiny("cohere2", extra={"pad_token_id": 0, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8})
     model = ready(traced_as(tiny), "any")
     done = check_pass(MergeQkv(), model, prompt(model))
-    assert (done.count, [reason for _, reason in done.skipped]) == (1, [APART])
+    assert (done.count, done.skipped) == (2, ())
+    assert len(user_nodes(model.graph.nodes, torch.ops.calque.flat_rotary.default)) == 1
 
 
 WIDTH, SIZE = 8, 4
 PLACES = {"q": (0, 8), "k": (8, 12), "v": (12, 16)}
+
+
+ANGLES, SCALES = torch.arange(12.0).reshape(2, 3, 2), torch.arange(1.0, 5.0)
+turn, norm = torch.ops.calque.flat_rotary.default, torch.ops.calque.flat_rms_norm.default
+# What is done to queries and keys that are no one value then.
+STEPS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "angles": lambda q, k: (turn(q, ANGLES.cos(), ANGLES.sin(), False, 4, 2), turn(k, ANGLES.sin(), ANGLES.cos(), False, 4, 1)),
+    "pairs": lambda q, k: (turn(q, ANGLES.cos(), ANGLES.sin(), True, 4, 2), turn(k, ANGLES.cos(), ANGLES.sin(), False, 4, 1)),
+    "keys-alone": lambda q, k: (q, norm(k, SCALES, 1e-5, 1)),
+    "epsilons": lambda q, k: (norm(q, SCALES, 1e-5, 2), norm(k, SCALES, 1e-6, 1)),
+}
 
 
 class Attend(nn.Module):
@@ -112,7 +142,10 @@ class Attend(nn.Module):
             return [whole[..., :8], whole[..., 8:12], whole[..., 8:12]]
         if self.form == "two-wholes":
             return [whole[..., :8], whole[..., 8:12], (whole + 1)[..., 12:]]
-        return [self.q(x), self.k(x), self.v(x * 2 if self.form == "another-value" else x)]
+        q, k = self.q(x), self.k(x)
+        if self.form in STEPS:
+            q, k = STEPS[self.form](q, k)
+        return [q, k, self.v(x * 2 if self.form == "another-value" else x)]
 
     def forward(self, x: Tensor, past_key: Tensor, past_value: Tensor) -> tuple[Tensor, ...]:
         bias = torch.ops.calque.mask_bias(ops.visible(x.new_ones(x.shape[0], 5).bool(), 2, 3, 5, "causal", 0))
@@ -146,6 +179,7 @@ def test_written_form_is_one_value_of_all_three(form: str) -> None:
     [
         ("bias", BIASES), ("another-value", VALUES), ("read-elsewhere", APART), ("weight-elsewhere", TIED), ("one-weight", TIED),
         ("unordered-split", APART), ("not-to-its-end", APART), ("overlapping", APART), ("two-wholes", APART),
+        *((form, APART) for form in STEPS),
     ],
 )  # fmt: skip
 def test_what_cannot_be_one_product_is_left_and_the_reason_given(form: str, reason: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from calque import ops
 from calque.targets import _to_onnx
 from calque.targets._contrib import CONTRIB
-from calque.targets._to_onnx import STANDARD, Table
+from calque.targets._standard import STANDARD, Table
 from calque.traced import TracedModel
 from tests.passes.small_graphs import arrays, small
 
@@ -69,6 +69,7 @@ NORMS: dict[str, Callable[..., Any]] = {
     "add-layer": lambda x, y: calque.add_layer_norm(x, y, WEIGHT, BIAS, 1e-2),
     "add-layer-without-bias": lambda x, y: calque.add_layer_norm(x, y, WEIGHT, None, 1e-2),
     "silu": lambda x, y: torch.nn.functional.silu(x + y),
+    "quick-gelu": lambda x, y: calque.quick_gelu(x + y, 1.702),
 }
 
 
@@ -85,6 +86,29 @@ def test_norm_of_heads_equals_its_reference(table: Table) -> None:
     axes = {"x": {0: "batch", 1: "sequence"}}
     sizes = [{"x": draw(*size, HEADS, SIZE)} for size in ((2, 3), (1, 1))]
     check(lambda x: calque.rms_norm(x, WEIGHT, 1e-5), sizes, axes, table)
+
+
+@pytest.mark.parametrize("weight", [WEIGHT, draw(HEADS * SIZE, seed=7), None], ids=["of-all", "of-each", "none"])
+def test_norm_of_heads_beside_each_other_equals_its_reference(weight: Tensor | None) -> None:
+    sizes = [{"x": draw(*size, HEADS * SIZE)} for size in ((2, 3), (1, 1))]
+    check(lambda x: calque.flat_rms_norm(x, weight, 1e-2, HEADS), sizes, {"x": {0: "batch", 1: "sequence"}}, CONTRIB)
+
+
+@TABLES
+@pytest.mark.parametrize("bias", [None, draw(5)], ids=["without-bias", "with-bias"])
+def test_product_with_a_weight_as_it_is_stored_equals_its_reference(bias: Tensor | None, table: Table) -> None:
+    weight = draw(5, SIZE)
+    check(
+        lambda x: torch.nn.functional.linear(x + 1, weight, bias),
+        [{"x": draw(*size, SIZE)} for size in ((2, 3), (1, 1))], {"x": {0: "batch", 1: "sequence"}}, table,
+    )  # fmt: skip
+
+
+@TABLES
+def test_pieces_of_a_split_equal_their_reference(table: Table) -> None:
+    sizes = [{"x": draw(*size, 10)} for size in ((2, 3), (1, 1))]
+    axes = {"x": {0: "batch", 1: "sequence"}}
+    check(lambda x: (*(x + 1).split([6, 3, 1], 2), *(x + 1).split(4, -1), (x + 1).split([10], 2)[0]), sizes, axes, table)
 
 
 @pytest.mark.parametrize("turned", [16, 8, 4])
@@ -118,6 +142,12 @@ def test_bias_of_a_mask_equals_its_reference() -> None:
     check(lambda x: calque.mask_bias(x > 0), sizes, axes, STANDARD)
 
 
+def test_bias_of_padding_equals_its_reference() -> None:
+    sizes = [{"x": draw(2, 5), "queries": draw(2, 3)}, {"x": draw(1, 2), "queries": draw(1, 1)}]
+    axes = {"x": {0: "batch", 1: "keys"}, "queries": {0: "batch", 1: "queries"}}
+    check(lambda x, queries: calque.padding_bias(x > 0, queries), sizes, axes, STANDARD)
+
+
 @dataclass(frozen=True)
 class Kind:
     """How an attention is told to attend; ``turned`` elements by its own tables of angles."""
@@ -146,11 +176,10 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor) -> tuple[Tensor, ...]:
         kind = self.kind
         bias = cos = sin = None
-        if self.gaps:
-            shown = ops.visible(
-                mask.bool(), past_key.shape[2], q.shape[1], mask.shape[1], "sliding" if kind.window else "causal", kind.window
-            )
-            bias = calque.mask_bias(shown)
+        if self.gaps and kind.window:
+            bias = calque.mask_bias(ops.visible(mask.bool(), past_key.shape[2], q.shape[1], mask.shape[1], "sliding", kind.window))
+        elif self.gaps:
+            bias = calque.padding_bias(mask.bool(), q)
         if kind.turned:
             angles = SLOTS * 0.7 ** torch.arange(kind.turned // 2)
             cos, sin = angles.cos(), angles.sin()

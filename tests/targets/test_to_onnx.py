@@ -16,6 +16,7 @@ from calque.errors import Unsupported
 from calque.ops import decompose_attention
 from calque.passes.cache_dynamic import CacheDynamic
 from calque.targets import _to_onnx
+from calque.targets._standard import STANDARD
 from calque.traced import TracedModel, user_nodes
 from calque.weights import WeightTable
 from tests.tiny_models import traced
@@ -102,23 +103,23 @@ class Around(nn.Module):
 def test_operator_without_a_translation_is_a_problem_with_module_and_source_line() -> None:
     inputs = (torch.zeros(2, 2, 4, 3), torch.zeros(2, 2, 1, 3))
     model = exported(Around(), inputs, None, ("past", "new"), 4)
-    (problem,) = _to_onnx.problems(model, _to_onnx.STANDARD)
+    (problem,) = _to_onnx.problems(model, STANDARD)
     assert problem.node == "cache_update"
     assert problem.module == "inner"
     assert Path(__file__).name in problem.source
     assert "line " in problem.source
     assert problem.why == "calque.cache_update.default has no ONNX translation"
     assert str(problem) == f"cache_update: {problem.why} (inner {problem.source})"
-    assert problem.fix == "add the pass cache_dynamic, which settles states"
+    assert problem.fix == "add the pass cache_dynamic or cache_static, which settle states"
 
 
 def test_every_unsettled_state_is_a_problem_and_none_is_left_by_a_cache_pass() -> None:
     model = traced("llama")
-    found = _to_onnx.problems(model, _to_onnx.STANDARD)
+    found = _to_onnx.problems(model, STANDARD)
     assert len(found) == 4
     assert {problem.module for problem in found} == {"model.layers.0.self_attn", "model.layers.1.self_attn"}
     passes.run([CacheDynamic()], model)
-    assert _to_onnx.problems(model, _to_onnx.STANDARD) == []
+    assert _to_onnx.problems(model, STANDARD) == []
 
 
 class Promoting(nn.Module):
@@ -145,8 +146,8 @@ class Decomposed(nn.Module):
 def test_operator_without_a_translation_is_decomposed_where_it_can_be(tmp_path: Path) -> None:
     x = torch.randn(2, 3, generator=torch.Generator().manual_seed(2))
     model = exported(Decomposed(), (x,), None, ("x",), 2)
-    assert _to_onnx.untranslated(model.program, _to_onnx.STANDARD)
-    assert _to_onnx.problems(model, _to_onnx.STANDARD) == []
+    assert _to_onnx.untranslated(model.program, STANDARD)
+    assert _to_onnx.problems(model, STANDARD) == []
     (out,) = session(model, tmp_path).run(None, {"x": x.numpy()})
     np.testing.assert_allclose(out, Decomposed()(x).numpy(), rtol=1e-5)
 
@@ -168,7 +169,7 @@ def test_failed_translation_names_the_node_and_its_source_line() -> None:
 
 def test_operator_that_will_fail_is_a_problem_before_any_lowering() -> None:
     model = exported(Untranslatable(), (torch.ones(2, 3),), None, ("x",), 2)
-    assert [problem.node for problem in _to_onnx.problems(model, _to_onnx.STANDARD)] == ["hypot"]
+    assert [problem.node for problem in _to_onnx.problems(model, STANDARD)] == ["hypot"]
 
 
 def test_sinks_of_a_whole_model_are_written_out_and_plain_attention_is_one_operator() -> None:
