@@ -99,4 +99,4 @@ def test_the_shape_is_that_of_smollm2_135m() -> None:
 def test_the_command_names_no_folder() -> None:
     """What is published names no path of the machine."""
     args = parse(["--shapes", "S", "XS", "--repeat", "5", "--work", "/somewhere", "--results", "/elsewhere"])
-    assert shown_command(args) == "python -m benchmarks.conversion.run --shapes S XS --repeat 5"
+    assert shown_command(args, "XS") == "python -m benchmarks.conversion.run --shapes XS --repeat 5"
