@@ -38,6 +38,7 @@ REPORTED = (
     "openvino",
     "nncf",
     "llama-cpp-python",
+    "mobius-onnx",
     "torch",
     "transformers",
     "onnx",
@@ -70,7 +71,8 @@ def ensure(peer: str, work: Path) -> Path:
     if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
         print(f"environment of {peer}: installing into {folder}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        _pip(python, "install", "--requirement", str(requirements))
+        # Every file names all that its environment holds; what a package asks for beyond that is left out on purpose.
+        _pip(python, "install", "--no-deps", "--requirement", str(requirements))
         if source:
             _compile(source, folder, python)
         stamp.write_text(wanted, encoding="utf-8")

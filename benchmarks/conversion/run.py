@@ -33,20 +33,20 @@ WARM_UP = "XS"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write the results; 1 where a tool failed."""
     args = parse(arguments)
+    if not (shapes := remaining(args)):
+        return 0
     # absolute(), not resolve(): an environment's interpreter is a link, and what it links to is outside the environment.
     work, python = args.work.absolute(), args.calque_python.absolute()
     work.mkdir(parents=True, exist_ok=True)
     (work / "logs").mkdir(exist_ok=True)
     chosen = tools(work, python)
-    for shape in dict.fromkeys((WARM_UP, *args.shapes)):
+    for shape in dict.fromkeys((WARM_UP, *shapes)):
         prepare(shape, work, python)
     if not args.no_warm_up:
         for tool in chosen:
             convert(tool, WARM_UP, work, "warm-up")
     failed = False
-    for shape in args.shapes:
-        if args.resume and is_published(args.results, shape):
-            continue
+    for shape in shapes:
         runs = rounds(chosen, shape, args.repeat, work)
         report(args, chosen, shape, runs)
         failed |= any(run.exit_code for run in runs)
@@ -84,9 +84,9 @@ def add_results(parser: argparse.ArgumentParser, folder: Path) -> None:
     parser.add_argument("--resume", action="store_true", help="leave out shapes whose results are there already")
 
 
-def is_published(folder: Path, shape: str) -> bool:
-    """Return whether the folder holds the results of the shape."""
-    return (folder / f"results-{shape}.md").is_file()  # written last
+def remaining(args: argparse.Namespace) -> list[str]:
+    """Return the shapes that are to be measured; of each, results-SHAPE.md is written last."""
+    return [shape for shape in args.shapes if not (args.resume and (args.results / f"results-{shape}.md").is_file())]
 
 
 def prepare(name: str, work: Path, python: Path) -> None:

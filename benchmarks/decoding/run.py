@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.conversion.environments import versions
-from benchmarks.conversion.run import add_results, add_shapes, is_published, machine, prepare, publish
+from benchmarks.conversion.run import add_results, add_shapes, machine, prepare, publish, remaining
 from benchmarks.conversion.shapes import SHAPES
 from benchmarks.conversion.tables import markdown
 from benchmarks.conversion.tools import PEERS
@@ -29,12 +29,12 @@ ROOT = Path(__file__).parents[2]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write the results."""
     args = parse(arguments)
+    if not (shapes := remaining(args)):
+        return 0
     work = args.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     chosen = entries(work)
-    for shape in args.shapes:
-        if args.resume and is_published(args.results, shape):
-            continue
+    for shape in shapes:
         made, failed = make(chosen, shape, work)  # all of it before anything is measured
         measured = measure(made, shape, args.rounds, args.threads)
         report(args, chosen, shape, replace(measured, failed={**failed, **measured.failed}))
