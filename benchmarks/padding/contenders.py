@@ -22,9 +22,10 @@ BY_COUNT = (
     "GroupQueryAttention is told how many tokens a row has, and nothing of where they lie: it takes the first slots, "
     "turns keys by slot, and sees padding on the left as tokens"
 )
-FIRST_POSITION = (
-    "of a prompt's position_ids, GroupQueryAttention reads the first alone and counts on from there in every row: keys after padding "
-    "are kept turned too far, and steps ask with true positions"
+FIRST_ROW = (
+    "the graph has cosines for every row and hands out their indices as position_ids, of which GroupQueryAttention reads the first alone "
+    "in a prompt: every row is turned by the first row's positions, keys after padding are kept turned too far, and steps ask with true "
+    "positions"
 )
 Answer = Callable[[Path, str], list[NDArray[np.float32]]]
 
@@ -45,7 +46,7 @@ def contenders(work: Path) -> list[Contender]:
     mobius = ("-m", "mobius", "build", "--model", MODEL, OUT, "--ep", "cpu", "--dtype", "f32")
     return [
         *ours,
-        Contender(_exporters(work, "cpu"), _two, FIRST_POSITION),
+        Contender(_exporters(work, "cpu"), _two, FIRST_ROW),
         Contender(_exporters(work), _two),
         Contender(genai(work, "prune_lm_head=false"), _one, BY_COUNT),
         Contender(Tool("mobius", ensure("exporters", work), f"mobius {' '.join(mobius[2:])}", mobius), _one, BY_COUNT),
