@@ -60,32 +60,26 @@ def optimum(work: Path) -> Tool:
     return Tool(OPTIMUM, python, f"optimum-cli {' '.join(export)}", (str(python.with_name("optimum-cli")), *export))
 
 
-def genai(work: Path, *options: str, precision: str = FP32) -> Tool:
-    """Return the builder of onnxruntime-genai with ``--extra_options``, its environment made.
-
-    Options that set a precision other than fp32 become part of the name.
-    """
+def genai(work: Path, *options: str, precision: str = FP32, name: str = GENAI) -> Tool:
+    """Return the builder of onnxruntime-genai with ``--extra_options``, its environment made."""
     extra = ("--extra_options", *options) if options else ()
     builder = ("-m", "onnxruntime_genai.models.builder", "-i", MODEL, "-o", OUT, "-p", precision, "-e", "cpu", "-c", CACHE, *extra)
-    name = GENAI if precision == FP32 else " ".join((GENAI, precision, *options))
     return Tool(name, ensure("genai", work), f"python {' '.join(builder)}", builder)
 
 
-def openvino(work: Path, *options: str, weights: str = FP32) -> Tool:
+def openvino(work: Path, *options: str, weights: str = FP32, name: str = OPENVINO) -> Tool:
     """Return OpenVINO's exporter, optimum-intel, with its options for the weights, its environment made."""
     python = ensure("openvino", work)
     task = ("--task", "text-generation-with-past", "--weight-format", weights)
     export = ("export", "openvino", "--model", MODEL, *task, *options, OUT)
-    name = OPENVINO if weights == FP32 else " ".join((OPENVINO, weights, *options))
     return Tool(name, python, f"optimum-cli {' '.join(export)}", (str(python.with_name("optimum-cli")), *export))
 
 
-def llamacpp(work: Path, kind: str = "f32") -> Tool:
+def llamacpp(work: Path, kind: str = "f32", name: str = LLAMACPP) -> Tool:
     """Return llama.cpp's converter, followed by its quantizer for a type such as Q4_0, its environment made."""
     python = ensure("llamacpp", work)
     converter = python.parents[1] / SOURCES["llamacpp"].folder / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"
     script = Path(__file__).with_name("gguf_file.py")
-    name = LLAMACPP if kind == "f32" else f"{LLAMACPP} {kind}"
     shown = f"python {script.name} {converter.name} MODEL OUT/{GGUF} {kind}"
     return Tool(name, python, shown, (str(script), str(converter), MODEL, f"{OUT}/{GGUF}", kind))
 

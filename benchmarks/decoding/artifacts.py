@@ -52,7 +52,7 @@ def entries(work: Path) -> list[Entry]:
     """Return what is compared, in the order of the tables; the peers' environments are made.
 
     All is fp32, cache and arithmetic included: a runtime that would take less by itself is told so. A row of another
-    precision is one more line, such as ``Entry(llamacpp(work, "Q4_0"), LLAMA_CPP)``.
+    precision is one more line, such as ``Entry(llamacpp(work, "Q4_0", name="llama.cpp Q4_0"), LLAMA_CPP)``.
     """
     python = Path(sys.executable)
     # The builder's default may give the logits of the last position alone, which is less work than the others do.
