@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Record:
-    """One run of one tool. ``alone`` and ``proof`` are Calque's two parts, ``stages`` its own measurements."""
+    """One run of one tool. ``alone`` and ``proof`` are Calque's two parts, ``stages`` its own measurements.
+
+    ``message`` is the last that a tool said which failed.
+    """
 
     tool: str
     exit_code: int
@@ -36,18 +40,32 @@ class Record:
     alone: Cost | None = None
     proof: Cost | None = None
     stages: tuple[dict[str, Any], ...] = ()
+    message: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the record for results.json, without what it does not have."""
         return {name: value for name, value in asdict(self).items() if value not in (None, ())}
 
 
-def record(tool: str, measured: Measured, out: Path) -> Record:
-    """Return the record of a conversion that ended, divided where a report of Calque's lies in its output."""
+def record(tool: str, measured: Measured, out: Path, log: Path, hidden: Mapping[Path, str]) -> Record:
+    """Return the record of a conversion that ended, divided where a report of Calque's lies in its output.
+
+    Of one that failed it keeps the last line of its log, in which names stand for the ``hidden`` folders of this machine.
+    """
     whole = Cost(measured.wall_s, measured.cpu_s, measured.peak_rss_bytes, size(out))
     stages = read_stages(out)
     alone, proof = divide(measured, stages, whole.output_bytes, size(out / REFERENCE)) if stages else (None, None)
-    return Record(tool, measured.exit_code, whole, measured.others_cpu_s, alone, proof, tuple(stages))
+    message = last_line(log, hidden) if measured.exit_code else None
+    return Record(tool, measured.exit_code, whole, measured.others_cpu_s, alone, proof, tuple(stages), message)
+
+
+def last_line(log: Path, hidden: Mapping[Path, str]) -> str:
+    """Return the last line of the log that says something, in which names stand for the ``hidden`` folders of this machine."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    said = lines[-1] if lines else "nothing was said"
+    for folder, name in hidden.items():
+        said = said.replace(str(folder), name)
+    return said
 
 
 def size(folder: Path) -> int:

@@ -43,6 +43,7 @@ class Shape:
     max_position: int
     rope_theta: float
     model_type: str = "llama"
+    rope_scaling: dict[str, Any] | None = None
 
     @property
     def head_dim(self) -> int:
@@ -56,6 +57,7 @@ class Shape:
             "architectures": [family.architecture],
             "model_type": self.model_type,
             **family.config,
+            **({"rope_scaling": self.rope_scaling} if self.rope_scaling else {}),
             "attention_dropout": 0.0,
             "bos_token_id": 1,
             "eos_token_id": 2,
@@ -106,10 +108,19 @@ class Shape:
         return shapes
 
 
-# S: https://huggingface.co/HuggingFaceTB/SmolLM2-135M, config.json; M: https://huggingface.co/Qwen/Qwen2.5-0.5B, config.json.
+LLAMA3 = {
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+# S: https://huggingface.co/HuggingFaceTB/SmolLM2-135M, config.json; M: https://huggingface.co/Qwen/Qwen2.5-0.5B, config.json;
+# L: https://huggingface.co/meta-llama/Llama-3.2-1B, config.json.
 # XS only tries whether every tool works.
 SHAPES = {
     "S": Shape("Llama, SmolLM2-135M", 30, 576, 1536, 9, 3, 49152, 8192, 100000.0),
     "M": Shape("Qwen2, Qwen2.5-0.5B", 24, 896, 4864, 14, 2, 151936, 32768, 1000000.0, "qwen2"),
+    "L": Shape("Llama, Llama-3.2-1B", 16, 2048, 8192, 32, 8, 128256, 131072, 500000.0, rope_scaling=LLAMA3),
     "XS": Shape("Llama, two small layers", 2, 64, 128, 4, 2, 4096, 1024, 10000.0),
 }

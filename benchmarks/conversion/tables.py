@@ -19,8 +19,10 @@ processes; peak RSS is summed over the tree, sampled every 20 ms, pages of mappe
 but the stages in which Calque compares the artifact with the eager model: the process start, imports, and the final digests and sync
 to disk count as conversion. Its memory is the highest of its own stages in report.json; the proof's output is the reference that the
 artifact keeps. Where Calque proves the artifact over several steps, lengths and paddings, optimum runs one forward pass within what
-is measured here, and the builder of onnxruntime-genai compares nothing. Ratios are the peer divided by Calque: above 1, Calque takes
-less."""
+is measured here, and the builder of onnxruntime-genai, OpenVINO's exporter and llama.cpp's converter compare nothing. All write fp32.
+llama.cpp's converter does not know the tokenizer of the checkpoint and refuses those that it does not know; it is told that words are
+split as GPT-2's tokenizer splits them, which is so, and does all else by itself. Ratios are the peer divided by Calque: above 1,
+Calque takes less."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,12 @@ def _row(name: str, runs: Sequence[Record], part: Callable[[Record], Cost | None
         _median([cost.output_bytes for cost in costs]),
         tuple(run.exit_code for run in runs),
     )
+
+
+def failures(records: Sequence[Record]) -> str:
+    """Return what the tools said last that failed, a line for each."""
+    said = dict.fromkeys(f"- {run.tool} ended with exit code {run.exit_code}: `{run.message}`" for run in records if run.exit_code)
+    return "\n".join(said)
 
 
 def _median(values: Sequence[float]) -> float | None:
@@ -115,5 +123,6 @@ def markdown(results: dict[str, Any], tables: Sequence[str], title: str, notes: 
     lines += ["## Commands and versions", ""]
     for name, tool in results["tools"].items():
         listed = ", ".join(f"{package} {version}" for package, version in tool["versions"].items())
-        lines += [f"- {name}: `{tool['command']}`", f"  ({listed})"]
+        told = ", ".join(f"{key} {value}" for key, value in tool.get("settings", {}).items())
+        lines += [f"- {name}: `{tool['command']}`{', run with ' + told if told else ''}", f"  ({listed})"]
     return "\n".join(lines) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.conversion.measure import Measured, Sample, measure
-from benchmarks.conversion.records import Cost, Record, divide
-from benchmarks.conversion.run import parse, shown_command
+from benchmarks.conversion.records import Cost, Record, divide, record
+from benchmarks.conversion.run import parse, remaining, shown_command
 from benchmarks.conversion.shapes import SHAPES
-from benchmarks.conversion.tables import ALONE, PROOF, WHOLE, figures, ratios, rows
+from benchmarks.conversion.tables import ALONE, PROOF, WHOLE, failures, figures, ratios, rows
+from benchmarks.conversion.tools import Tool
 
 MB = 10**6
 # Holds 100 MB itself and twice 100 MB in children, together for 0.4 s; then says a word, works for 0.3 s of CPU and fails.
@@ -96,7 +98,39 @@ def test_the_shape_is_that_of_smollm2_135m() -> None:
     assert json.loads(json.dumps(SHAPES["S"].config())) == SHAPES["S"].config()
 
 
+def test_the_shape_is_that_of_llama_3_2_1b() -> None:
+    """The number of parameters is that of the published checkpoint, and its rotary frequencies are scaled."""
+    assert sum(math.prod(dims) for dims in SHAPES["L"].tensors().values()) == 1_235_814_400
+    assert SHAPES["L"].config()["rope_scaling"]["rope_type"] == "llama3"
+    assert SHAPES["S"].config()["rope_scaling"] is None
+
+
+def test_a_tool_that_fails_is_a_result(tmp_path: Path) -> None:
+    """Its last words are kept, without the folders of the machine."""
+    says = "import sys; print('first'); sys.exit('no room in ' + sys.argv[1])"
+    log = tmp_path / "log"
+    measured = measure([sys.executable, "-c", says, str(tmp_path / "out")], log, os.environ, tmp_path)
+    found = record("peer", measured, tmp_path / "out", log, {tmp_path: "WORK"})
+    assert found.message == "no room in WORK/out"
+    assert failures([found, found]) == "- peer ended with exit code 1: `no room in WORK/out`"
+    assert "| peer | – | – | – | – | 1 |" in figures(rows([found]))
+
+
+def test_a_command_has_its_folders_filled_in() -> None:
+    """Where one stands alone, and where it begins the path of a file."""
+    tool = Tool("peer", Path("python"), "", ("convert", "MODEL", "--out", "OUT/model.gguf", "--MODEL"))
+    assert tool.command(Path("m"), Path("o"), Path("c")) == ["python", "convert", "m", "--out", "o/model.gguf", "--MODEL"]
+
+
+def test_what_is_measured_is_left_out_when_resuming(tmp_path: Path) -> None:
+    """Only then, and by shape."""
+    (tmp_path / "results-S.md").touch()
+    shapes = ["--shapes", "S", "M", "--results", str(tmp_path)]
+    assert remaining(parse([*shapes, "--resume"])) == ["M"]
+    assert remaining(parse(shapes)) == ["S", "M"]
+
+
 def test_the_command_names_no_folder() -> None:
     """What is published names no path of the machine."""
     args = parse(["--shapes", "S", "XS", "--repeat", "5", "--work", "/somewhere", "--results", "/elsewhere"])
-    assert shown_command(args) == "python -m benchmarks.conversion.run --shapes S XS --repeat 5"
+    assert shown_command(args, "XS") == "python -m benchmarks.conversion.run --shapes XS --repeat 5"

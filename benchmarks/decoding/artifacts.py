@@ -8,38 +8,92 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.conversion.environments import versions
+from benchmarks.conversion.records import last_line
 from benchmarks.conversion.shapes import SHAPES
-from benchmarks.conversion.tools import CALQUE, Tool, calque, environment, genai, optimum
+from benchmarks.conversion.tools import CALQUE, Tool, calque, environment, genai, llamacpp, openvino, optimum
+from benchmarks.decoding.worker import Failed
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("padding=any", "padding=right", "operators=standard")
+ONNX_RUNTIME, OPENVINO, LLAMA_CPP = "onnx_runtime", "openvino", "llama_cpp"
 
 
-def tools(work: Path) -> list[Tool]:
-    """Return what makes the artifacts, in the order of the tables; the peers' environments are made."""
+@dataclass(frozen=True)
+class Entry:
+    """One row: the tool that makes its artifact, the engine that decodes with it, and what the engine is told."""
+
+    tool: Tool
+    engine: str = ONNX_RUNTIME
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Return what the tables call it."""
+        return self.tool.name
+
+    @property
+    def runs_graph(self) -> bool:
+        """Return whether ONNX Runtime runs it: that of this interpreter, the same for all that it runs."""
+        return self.engine == ONNX_RUNTIME
+
+    @property
+    def python(self) -> Path:
+        """Return the interpreter that has its runtime."""
+        return Path(sys.executable) if self.runs_graph else self.tool.python
+
+
+def entries(work: Path) -> list[Entry]:
+    """Return what is compared, in the order of the tables; the peers' environments are made.
+
+    All is fp32, cache and arithmetic included: a runtime that would take less by itself is told so. A row of another
+    precision is one more line, such as ``Entry(llamacpp(work, "Q4_0", name="llama.cpp Q4_0"), LLAMA_CPP)``.
+    """
     python = Path(sys.executable)
     # The builder's default may give the logits of the last position alone, which is less work than the others do.
-    whole = ("--extra_options", "prune_lm_head=false")
-    return [*(calque(python, "--set", setting) for setting in SETTINGS), genai(work, *whole), optimum(work)]
+    whole = "prune_lm_head=false"
+    return [
+        *(Entry(calque(python, "--set", setting)) for setting in SETTINGS),
+        Entry(genai(work, whole)),
+        Entry(optimum(work)),
+        Entry(openvino(work), OPENVINO, {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}),
+        Entry(llamacpp(work), LLAMA_CPP, {"cache": "F32"}),
+    ]
 
 
 def ensure(tool: Tool, shape: str, work: Path) -> Path:
-    """Return the folder of the artifact; converted if it is not there, or if something it comes of has changed."""
-    folder = work / f"artifact-{shape}-{tool.slug}"
+    """Return the folder of the artifact; converted if it is not there, or if something it comes of has changed.
+
+    Raises:
+        Failed: the tool did not convert.
+    """
+    folder = place(tool, shape, work)
     stamp = folder.with_name(f"{folder.name}.json")
     wanted = origin(tool, shape)
     if folder.is_dir() and stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == wanted:
         return folder
     print(f"{shape}, {tool.name}: converting into {folder}", file=sys.stderr, flush=True)
-    stamp.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    discard(tool, shape, work)
     _convert(tool, work / f"model-{shape}", folder, work)
     stamp.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
     return folder
+
+
+def place(tool: Tool, shape: str, work: Path) -> Path:
+    """Return where the artifact lies."""
+    return work / f"artifact-{shape}-{tool.slug}"
+
+
+def discard(tool: Tool, shape: str, work: Path) -> None:
+    """The artifact is not there."""
+    folder = place(tool, shape, work)
+    folder.with_name(f"{folder.name}.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def origin(tool: Tool, shape: str) -> dict[str, Any]:
@@ -68,5 +122,4 @@ def _convert(tool: Tool, model: Path, folder: Path, work: Path) -> None:
         command = tool.command(model, folder, work / "genai-cache")
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=variables, cwd=work)
     if done.returncode:
-        print("\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]), file=sys.stderr)
-    done.check_returncode()
+        raise Failed(f"converting ended with exit code {done.returncode}: `{last_line(log, {work: 'WORK', ROOT: 'ROOT'})}`")

@@ -1,22 +1,23 @@
-"""Greedy decoding of one artifact, the same for all: inputs by the names that the graph has, the cache handed on without copies."""
+"""Greedy decoding, the same for every runtime."""
 
 from __future__ import annotations
 
-import ctypes
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
-import numpy as np
-import onnxruntime
-from numpy.typing import NDArray
-from onnxruntime import OrtValue
 
-from benchmarks.conversion.shapes import Shape
+class Engine(Protocol):
+    """One artifact in its runtime, with the cache of one sequence that is not padded.
 
-GRAPH = "model.onnx"
-PAST, PRESENT = "past_key_values.", "present."
-ERRORS = 3  # of onnxruntime's levels of logging
+    Made from the artifact's folder, the shape, the number of threads and what else the runtime is told.
+    """
+
+    def restart(self) -> None:
+        """The cache is empty."""
+
+    def step(self, ids: list[int], total: int) -> int:
+        """Return the most probable token after the ids, which are in the cache now; ``total`` counts them and all before."""
 
 
 @dataclass(frozen=True)
@@ -28,52 +29,12 @@ class Decoded:
     tokens: list[int]
 
 
-class Decoder:
-    """A session of one artifact, whose sequences are not padded."""
-
-    def __init__(self, folder: Path, shape: Shape, threads: int, profile: Path | None = None) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = ERRORS
-        options.intra_op_num_threads = threads
-        if profile is not None:
-            options.enable_profiling = True
-            options.profile_file_prefix = str(profile)
-        self.session = onnxruntime.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
-        self._inputs = [value.name for value in self.session.get_inputs()]
-        self._outputs = [value.name for value in self.session.get_outputs()]
-        self._empty = [1, shape.kv_heads, 0, shape.head_dim]
-
-    def decode(self, prompt: list[int], steps: int) -> Decoded:
-        """Return what greedy decoding gives: the prompt in one run, then as many runs of one token as there are steps."""
-        start = time.perf_counter()
-        cache = {name: _value(np.zeros(self._empty, np.float32)) for name in self._inputs if name.startswith(PAST)}
-        token, cache = self._run(prompt, len(prompt), cache)
-        tokens, first = [token], time.perf_counter()
-        for step in range(1, steps + 1):
-            token, cache = self._run([token], len(prompt) + step, cache)
-            tokens.append(token)
-        return Decoded(first - start, time.perf_counter() - first, tokens)
-
-    def _run(self, ids: list[int], total: int, cache: dict[str, OrtValue]) -> tuple[int, dict[str, OrtValue]]:
-        """Return the most probable next token, and the cache after the ids; ``total`` counts them and what came before."""
-        values = {
-            "input_ids": np.array([ids], np.int64),
-            "attention_mask": np.ones((1, total), np.int64),
-            "position_ids": np.arange(total - len(ids), total, dtype=np.int64)[None],
-        }
-        feed = {name: _value(array) for name, array in values.items() if name in self._inputs}
-        found = dict(zip(self._outputs, self.session.run_with_ort_values(self._outputs, feed | cache), strict=True))
-        grown = {name: found[name.replace(PAST, PRESENT)] for name in cache}
-        return int(_last(found["logits"]).argmax()), grown
-
-
-def _value(array: NDArray[np.generic]) -> OrtValue:
-    return OrtValue.ortvalue_from_numpy(array)
-
-
-def _last(logits: OrtValue) -> NDArray[np.float32]:
-    """Return the logits of the last position where they lie; ``numpy()`` would copy those of the whole prompt."""
-    _, positions, vocabulary = logits.shape()
-    row = ctypes.sizeof(ctypes.c_float) * vocabulary * (positions - 1)
-    # A view of memory that ``logits`` owns: good as long as the caller holds it.
-    return np.ctypeslib.as_array(ctypes.cast(logits.data_ptr() + row, ctypes.POINTER(ctypes.c_float)), (vocabulary,))
+def decode(engine: Engine, prompt: list[int], steps: int) -> Decoded:
+    """Return what greedy decoding gives: the prompt in one run, then as many runs of one token as there are steps."""
+    start = time.perf_counter()
+    engine.restart()
+    tokens = [engine.step(prompt, len(prompt))]
+    first = time.perf_counter()
+    for step in range(1, steps + 1):
+        tokens.append(engine.step(tokens[-1:], len(prompt) + step))
+    return Decoded(first - start, time.perf_counter() - first, tokens)

@@ -34,12 +34,13 @@ def nodes_of_last_run(events: Sequence[dict[str, Any]]) -> int:
 
 def count(folder: Path, shape: str) -> int:
     """Return the nodes of one step after a short prompt."""
-    from benchmarks.decoding.loop import Decoder
+    from benchmarks.decoding.engines.onnx_runtime import Engine
+    from benchmarks.decoding.loop import decode
 
     with tempfile.TemporaryDirectory() as scratch:
-        decoder = Decoder(folder, SHAPES[shape], threads=1, profile=Path(scratch) / "profile")
-        decoder.decode([1, 2, 3, 4], 1)
-        return nodes_of_last_run(json.loads(Path(decoder.session.end_profiling()).read_text(encoding="utf-8")))
+        engine = Engine(folder, SHAPES[shape], threads=1, profile=Path(scratch) / "profile")
+        decode(engine, [1, 2, 3, 4], 1)
+        return nodes_of_last_run(json.loads(Path(engine.session.end_profiling()).read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

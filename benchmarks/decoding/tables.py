@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 TITLE = "Decoding side by side"
 NOTES = """\
-Every artifact runs in the same loop on the ONNX Runtime named first under versions, with {threads} threads, each in a process of its own
-that stays alive. A round is one run of every artifact on every prompt, one artifact after another, beginning with a different one each
-time; a run is a prompt of seeded tokens without padding and {steps} greedy steps of one token. The cache goes from the outputs to the
-inputs without copies, and every graph gives the logits of all positions. TTFT is the time to the first token; decode is the tokens per
-second of the steps after it. Figures are the median of the rounds, with the range in brackets. Peak RSS is that of the artifact's
-process from its start, pages of mapped files included. Nodes are those that one step executes. Disk is the whole folder; Calque's holds
-the reference of its proof as well. *Same tokens* compares with the first artifact: from which token on they differ, if they do; with
-random weights two tokens can be nearly as probable as each other, so that rounding alone decides. Ratios are the median of the ratios
-within each round, turned so that above 1 the artifact of the row is faster, or takes less. The rate at which the machine reads memory
-bounds decoding; where its range is wide, something else ran meanwhile."""
+Every artifact is in a process of its own with {threads} threads. Those of Calque, genai's builder and optimum-onnx run in one loop on the
+ONNX Runtime named first under versions; OpenVINO's runs in its own infer request, llama.cpp's through its own C interface, both in the
+same loop around them. A round is one run of every artifact on every prompt, one artifact after another, beginning with a different one
+each time; a run is a prompt of seeded tokens without padding and {steps} greedy steps of one token. Weights, cache and arithmetic are
+fp32 everywhere: OpenVINO is told so, as it would take bf16 where the processor has it and an 8-bit cache, and so is llama.cpp, whose
+cache would be fp16. The cache goes from the outputs to the inputs without copies; OpenVINO and llama.cpp keep it themselves. Every ONNX
+graph and OpenVINO's model give the logits of all positions, llama.cpp of the last one alone, which is less work for a prompt. TTFT is
+the time to the first token; decode is the tokens per second of the steps after it. Figures are the median of the rounds, with the range
+in brackets. Peak RSS is that of the artifact's process from its start, pages of mapped files included. Nodes are those that one step
+executes in ONNX Runtime. Disk is the whole folder; Calque's holds the reference of its proof as well. *Same tokens* compares with the
+first artifact: from which token on they differ, if they do; with random weights two tokens can be nearly as probable as each other, so
+that rounding alone decides. Ratios are the median of the ratios within each round, turned so that above 1 the artifact of the row is
+faster, or takes less. The rate at which the machine reads memory bounds decoding; it is measured before every run, and where its range
+is wide, something else ran meanwhile."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of one artifact; ``differs`` is the first token that is not the first artifact's, None where all are."""
+    """One run of one artifact; ``differs`` is the first token that is not the first artifact's, None where all are.
+
+    ``bandwidth`` is the bytes per second at which memory was read just before.
+    """
 
     artifact: str
     round: int
@@ -31,25 +38,30 @@ class Run:
     ttft_s: float
     decode_tokens_per_s: float
     differs: int | None
+    bandwidth: float
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What is measured once of an artifact."""
+    """What is measured once of an artifact; ``nodes_per_step`` of those that ONNX Runtime runs."""
 
     name: str
-    nodes_per_step: int
+    nodes_per_step: int | None
     output_bytes: int
     peak_rss_bytes: int
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One shape: its artifacts in the order of the tables, every run, and bytes per second read around the rounds."""
+    """One shape: its artifacts in the order of the tables, every run, and what those said that failed.
+
+    ``together`` says whether all were loaded at the same time.
+    """
 
     artifacts: tuple[Artifact, ...]
     runs: tuple[Run, ...]
-    bandwidth: tuple[float, ...]
+    together: bool
+    failed: Mapping[str, str]
 
     @property
     def prompts(self) -> list[int]:
@@ -88,17 +100,23 @@ def first_difference(tokens: Sequence[int], expected: Sequence[int]) -> int | No
 
 
 def figures(measured: Measured) -> str:
-    """Return the table of figures, and below it the rate at which memory was read."""
+    """Return the table of figures, and below it the rate at which memory was read and who failed."""
     prompts = measured.prompts
     heads = [f"TTFT {prompt} ms" for prompt in prompts] + [f"decode after {prompt} tok/s" for prompt in prompts]
     lines = _head("", [*heads, "peak RSS MB", "nodes", "disk MB", "same tokens"])
     for artifact in measured.artifacts:
         cells = [_spread([1e3 * value for value in measured.values(artifact.name, prompt, ttft)]) for prompt in prompts]
         cells += [_spread(measured.values(artifact.name, prompt, speed)) for prompt in prompts]
-        cells += [f"{artifact.peak_rss_bytes / 1e6:,.0f}", str(artifact.nodes_per_step), f"{artifact.output_bytes / 1e6:,.1f}"]
+        cells += [f"{artifact.peak_rss_bytes / 1e6:,.0f}", str(artifact.nodes_per_step or "–"), f"{artifact.output_bytes / 1e6:,.1f}"]
         lines.append(_line(artifact.name, [*cells, _same(measured, artifact.name)]))
-    rates = [rate / 1e9 for rate in measured.bandwidth]
-    return "\n".join([*lines, "", f"Memory was read at {_spread(rates)} GB/s before, between and after the rounds."])
+    rates = [run.bandwidth / 1e9 for run in measured.runs]
+    loaded = (
+        "All were loaded at the same time." if measured.together else "Together they do not fit into memory: each was loaded for its turn."
+    )
+    lines += ["", f"Memory was read at {_spread(rates)} GB/s before the runs. {loaded}"]
+    if measured.failed:
+        lines += ["", *(f"- {name}: {message}" for name, message in measured.failed.items())]
+    return "\n".join(lines)
 
 
 def ratios(measured: Measured, bases: Sequence[str]) -> str:
@@ -110,14 +128,14 @@ def ratios(measured: Measured, bases: Sequence[str]) -> str:
         for one in measured.artifacts:
             if one.name in bases:
                 continue
-            cells = [_paired(measured, base.name, one.name, prompt, ttft) for prompt in prompts]
+            cells: list[float | None] = [_paired(measured, base.name, one.name, prompt, ttft) for prompt in prompts]
             cells += [_paired(measured, one.name, base.name, prompt, speed) for prompt in prompts]
             cells += [
                 base.peak_rss_bytes / one.peak_rss_bytes,
-                base.nodes_per_step / one.nodes_per_step,
+                base.nodes_per_step / one.nodes_per_step if base.nodes_per_step and one.nodes_per_step else None,
                 base.output_bytes / one.output_bytes,
             ]
-            lines.append(_line(f"{one.name} against {base.name}", [f"{cell:.2f}" for cell in cells]))
+            lines.append(_line(f"{one.name} against {base.name}", ["–" if cell is None else f"{cell:.2f}" for cell in cells]))
     return "\n".join(lines)
 
 

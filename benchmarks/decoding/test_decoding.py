@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.conversion.shapes import SHAPES
 from benchmarks.conversion.tools import GENAI, OPTIMUM
-from benchmarks.decoding.artifacts import code_digest
-from benchmarks.decoding.loop import Decoder
+from benchmarks.decoding.artifacts import ONNX_RUNTIME, code_digest
+from benchmarks.decoding.engines.onnx_runtime import Engine
+from benchmarks.decoding.loop import decode
 from benchmarks.decoding.profile import nodes_of_last_run
-from benchmarks.decoding.run import parse, prompt, rotated, shown_command
+from benchmarks.decoding.rounds import Answer, prompt, rotated, runs, turns
+from benchmarks.decoding.run import parse, shown_command
 from benchmarks.decoding.tables import Artifact, Measured, Run, figures, first_difference, ratios
-from benchmarks.decoding.worker import Worker
+from benchmarks.decoding.worker import Failed, Worker
 
 MB = 10**6
 VOCABULARY = 97
@@ -72,18 +74,18 @@ def greedy(prompt: list[int], steps: int) -> list[int]:
 
 def measured() -> Measured:
     """Three artifacts over two rounds, the second of which was a slow minute for all."""
-    runs = []
+    taken = []
     for slow in (1, 3):
         for name, (seconds, rate, _, _) in FIGURES.items():
             differs = 7 if name == OPTIMUM and slow == 3 else None
-            runs.append(Run(name, slow, 128, seconds * slow, rate / slow, differs))
+            taken.append(Run(name, slow, 128, seconds * slow, rate / slow, differs, slow * 10e9))
     artifacts = (Artifact(name, nodes, memory // 2, memory) for name, (_, _, memory, nodes) in FIGURES.items())
-    return Measured(tuple(artifacts), tuple(runs), (10e9, 30e9))
+    return Measured(tuple(artifacts), tuple(taken), True, {"fourth": "converting ended with exit code -9: `Killed`"})
 
 
 def test_the_loop_hands_on_the_cache(counter: Path) -> None:
     """Every token depends on all before it, and only the last position's logits count; what the graph lacks is not fed."""
-    decoded = Decoder(counter, XS, threads=1).decode([3, 5, 50], 6)
+    decoded = decode(Engine(counter, XS, threads=1), [3, 5, 50], 6)
     assert decoded.tokens == greedy([3, 5, 50], 6)
     assert decoded.first_s > 0
     assert decoded.rest_s > 0
@@ -91,15 +93,15 @@ def test_the_loop_hands_on_the_cache(counter: Path) -> None:
 
 def test_a_run_begins_with_an_empty_cache(counter: Path) -> None:
     """The same prompt gives the same tokens a second time."""
-    decoder = Decoder(counter, XS, threads=1)
-    assert decoder.decode([3, 5], 2).tokens == decoder.decode([3, 5], 2).tokens
+    engine = Engine(counter, XS, threads=1)
+    assert decode(engine, [3, 5], 2).tokens == decode(engine, [3, 5], 2).tokens
 
 
 def test_a_profile_counts_the_last_run(counter: Path, tmp_path: Path) -> None:
     """A real profile of one step has a node event for each node that is not constant."""
-    decoder = Decoder(counter, XS, threads=1, profile=tmp_path / "profile")
-    decoder.decode([1, 2, 3], 1)
-    events = json.loads(Path(decoder.session.end_profiling()).read_text(encoding="utf-8"))
+    engine = Engine(counter, XS, threads=1, profile=tmp_path / "profile")
+    decode(engine, [1, 2, 3], 1)
+    events = json.loads(Path(engine.session.end_profiling()).read_text(encoding="utf-8"))
     assert nodes_of_last_run(events) == 9
 
 
@@ -122,11 +124,12 @@ def test_a_profile_counts_neither_other_runs_nor_other_events() -> None:
 
 
 def test_figures_are_medians_with_their_range() -> None:
-    """A token that differs in any round shows, and so does the rate at which memory was read."""
+    """A token that differs in any round shows, so does the rate at which memory was read, and so does who failed."""
     table = figures(measured())
     assert "| first | 4000.0 (2000.0–6000.0) | 6.7 (3.3–10.0) | 4 | 200 | 2.0 | yes |" in table
     assert "| 2 | 300 | 1.0 | from token 7 after 128 |" in table
     assert "at 20.0 (10.0–30.0) GB/s" in table
+    assert "- fourth: converting ended with exit code -9: `Killed`" in table
 
 
 def test_ratios_are_within_each_round() -> None:
@@ -163,18 +166,45 @@ def test_a_prompt_is_the_same_each_time() -> None:
     assert set(prompt(512, 50)) == set(range(50))
 
 
-def test_a_worker_answers_each_run(counter: Path) -> None:
+def start(folder: Path, logs: Path) -> Worker:
+    """Return a worker of the graph in the folder."""
+    return Worker(Path(sys.executable), ONNX_RUNTIME, folder, "XS", 1, {}, logs / "worker.log")
+
+
+def test_a_worker_answers_each_run(counter: Path, tmp_path: Path) -> None:
     """It is a process of its own, stays alive, and says its own peak memory."""
-    with Worker(counter, "XS", threads=1) as worker:
+    with start(counter, tmp_path) as worker:
         answers = [worker.decode([1, 2], steps) for steps in (1, 2)]
     assert [answer["tokens"] for answer in answers] == [greedy([1, 2], 1), greedy([1, 2], 2)]
     assert 10 * MB < answers[0]["peak_rss_bytes"] < 500 * MB
 
 
-def test_a_worker_that_fails_is_an_error(tmp_path: Path) -> None:
-    """There is no graph in the folder."""
-    with Worker(tmp_path, "XS", threads=1) as worker, pytest.raises(subprocess.CalledProcessError):
+def test_a_worker_that_fails_says_why(tmp_path: Path) -> None:
+    """There is no graph in the folder, and the message names no folder of the machine."""
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    with start(folder, tmp_path) as worker, pytest.raises(Failed, match=r"exit code 1: .*WORK/artifact/model.onnx.* doesn't exist"):
         worker.decode([1, 2], 1)
+
+
+def test_turns_go_round_all_for_each_prompt_where_all_are_alive() -> None:
+    """Before the first round all are started; the first of a round is another one each time."""
+    assert list(turns("ab", True, 0)) == [("a", (128, 512)), ("b", (128, 512))]
+    assert list(turns("ab", True, 1)) == [("b", (128,)), ("a", (128,)), ("b", (512,)), ("a", (512,))]
+
+
+def test_turns_start_each_once_where_one_is_alive() -> None:
+    """Nobody is started in vain."""
+    assert list(turns("ab", False, 0)) == []
+    assert list(turns("ab", False, 1)) == [("b", (128, 512)), ("a", (128, 512))]
+
+
+def test_tokens_are_compared_with_those_of_the_first_artifact() -> None:
+    """Whoever ran first; what failed is left out."""
+    told = {"b": [1, 5], "a": [1, 2], "lost": [7, 7]}
+    answers = [Answer(name, 1, 128, {"tokens": tokens, "first_s": 1.0, "rest_s": 2.0}, 1.0) for name, tokens in told.items()]
+    found = runs(answers, ["a", "b"])
+    assert [(run.artifact, run.differs, run.decode_tokens_per_s) for run in found] == [("b", 1, 32.0), ("a", None, 32.0)]
 
 
 def test_code_counts_where_it_is_linked_to(tmp_path: Path) -> None:
@@ -200,4 +230,4 @@ def test_the_shape_is_that_of_qwen2_5_0_5b() -> None:
 def test_the_command_names_no_folder() -> None:
     """What is published names no path of the machine."""
     args = parse(["--shapes", "S", "--rounds", "5", "--work", "/somewhere", "--results", "/elsewhere"])
-    assert shown_command(args) == "python -m benchmarks.decoding.run --shapes S --rounds 5 --threads 2"
+    assert shown_command(args, "S") == "python -m benchmarks.decoding.run --shapes S --rounds 5 --threads 2"
