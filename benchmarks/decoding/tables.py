@@ -13,16 +13,16 @@ Every artifact is in a process of its own with {threads} threads. Those of Calqu
 ONNX Runtime named first under versions; OpenVINO's runs in its own infer request, llama.cpp's through its own C interface, both in the
 same loop around them. A round is one run of every artifact on every prompt, one artifact after another, beginning with a different one
 each time; a run is a prompt of seeded tokens without padding and {steps} greedy steps of one token. Weights, cache and arithmetic are
-fp32 everywhere: OpenVINO is told so, as it would take bf16 where the processor has it and an 8-bit cache, and so is llama.cpp, whose
-cache would be fp16. The cache goes from the outputs to the inputs without copies; OpenVINO and llama.cpp keep it themselves. Every ONNX
-graph and OpenVINO's model give the logits of all positions, llama.cpp of the last one alone, which is less work for a prompt. TTFT is
-the time to the first token; decode is the tokens per second of the steps after it. Figures are the median of the rounds, with the range
-in brackets. Peak RSS is that of the artifact's process from its start, pages of mapped files included. Nodes are those that one step
-executes in ONNX Runtime. Disk is the whole folder; Calque's holds the reference of its proof as well. *Same tokens* compares with the
-first artifact: from which token on they differ, if they do; with random weights two tokens can be nearly as probable as each other, so
-that rounding alone decides. Ratios are the median of the ratios within each round, turned so that above 1 the artifact of the row is
-faster, or takes less. The rate at which the machine reads memory bounds decoding; it is measured before every run, and where its range
-is wide, something else ran meanwhile."""
+fp32: OpenVINO is told so, as it would take bf16 where the processor has it and an 8-bit cache, and so is llama.cpp, whose cache would be
+fp16 and whose flash attention works in half precision as well. *As it comes*, it has both: that row is not fp32. The cache goes from the
+outputs to the inputs without copies; OpenVINO and llama.cpp keep it themselves. Every ONNX graph and OpenVINO's model give the logits of
+all positions, llama.cpp of the last one alone, which is less work for a prompt. TTFT is the time to the first token; decode is the tokens
+per second of the steps after it. Figures are the median of the rounds, with the range in brackets. Peak RSS is that of the artifact's
+process from its start, pages of mapped files included. Nodes are those that one step executes in ONNX Runtime. Disk is the whole folder;
+Calque's holds the reference of its proof as well. *Same tokens* compares with the first artifact: from which token on they differ, if they
+do; with random weights two tokens can be nearly as probable as each other, so that rounding alone decides. Ratios are the median of the
+ratios within each round, turned so that above 1 the artifact of the row is faster, or takes less. The rate at which the machine reads
+memory bounds decoding; it is measured before every run, and where its range is wide, something else ran meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,17 @@ def figures(measured: Measured) -> str:
 
 
 def ratios(measured: Measured, bases: Sequence[str]) -> str:
-    """Return the table of every artifact against every base, above 1 where the artifact is faster or takes less."""
+    """Return the table of every artifact against those of the bases, above 1 where it is faster or takes less.
+
+    Names of bases begin the names of their artifacts.
+    """
     prompts = measured.prompts
     heads = [f"TTFT {prompt}" for prompt in prompts] + [f"decode after {prompt}" for prompt in prompts]
     lines = _head("against", [*heads, "peak RSS", "nodes", "disk"])
-    for base in (artifact for artifact in measured.artifacts if artifact.name in bases):
+    peers = [artifact for artifact in measured.artifacts if artifact.name.startswith(tuple(bases))]
+    for base in peers:
         for one in measured.artifacts:
-            if one.name in bases:
+            if one in peers:
                 continue
             cells: list[float | None] = [_paired(measured, base.name, one.name, prompt, ttft) for prompt in prompts]
             cells += [_paired(measured, one.name, base.name, prompt, speed) for prompt in prompts]

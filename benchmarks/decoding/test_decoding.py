@@ -141,6 +141,14 @@ def test_ratios_are_within_each_round() -> None:
     ]
 
 
+def test_rows_of_a_base_are_not_compared_with_one_another() -> None:
+    """Whatever they were told."""
+    runs = tuple(Run(name, 1, 128, 1.0, 1.0, None, 1.0) for name in ("ours", GENAI, f"{GENAI}, told otherwise"))
+    found = Measured(tuple(Artifact(run.artifact, None, 1, 1) for run in runs), runs, True, {})
+    names = [line.split(" | ")[0] for line in ratios(found, (GENAI,)).splitlines()[2:]]
+    assert names == [f"| ours against {GENAI}", f"| ours against {GENAI}, told otherwise"]
+
+
 def test_medians_are_written_for_each_prompt() -> None:
     """What results.json holds can be written as JSON."""
     found = json.loads(json.dumps(measured().as_json()))

@@ -15,9 +15,9 @@ BATCH = 512  # the longest prompt goes in one run
 
 
 class Engine:
-    """A context of one model; ``cache`` is llama.cpp's name of the type of its cache, such as ``F32``."""
+    """A context of one model; ``cache`` and ``flash`` are llama.cpp's names of the type of its cache, and of its flash attention's mode."""
 
-    def __init__(self, folder: Path, shape: Shape, threads: int, cache: str = "F16") -> None:
+    def __init__(self, folder: Path, shape: Shape, threads: int, cache: str = "F16", flash: str = "AUTO") -> None:
         llama_cpp.llama_log_set(_QUIET, None)
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_load_from_file(str(folder / GGUF).encode(), llama_cpp.llama_model_default_params())
@@ -25,6 +25,7 @@ class Engine:
         params.n_ctx, params.n_batch, params.n_ubatch = CONTEXT, BATCH, BATCH
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = getattr(llama_cpp, f"GGML_TYPE_{cache}")
+        params.flash_attn_type = getattr(llama_cpp, f"LLAMA_FLASH_ATTN_TYPE_{flash}")
         self._context = llama_cpp.llama_init_from_model(model, params) if model else None
         if not self._context:
             raise SystemExit(f"llama.cpp does not open {folder / GGUF}")
