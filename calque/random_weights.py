@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def write_random_weights(
 ) -> Path:
     """``folder/model.safetensors`` holds random values for every parameter of the config's model of ``task``; return its path.
 
-    Without ``values`` it holds zeros that take no room on disk: enough to read names, shapes and dtypes.
+    Without ``values`` matrices are zeros that take no room on disk: enough to read names, shapes and dtypes.
 
     Each tensor is drawn from a generator seeded by ``(seed, name)`` and written in pieces: memory stays bounded by one
     piece whatever the model's size, and the bytes are the same on each run. Names are the module's own (tied ones once,
@@ -81,12 +82,14 @@ def write_random_weights(
     partial = folder / "model.safetensors.partial"
     with partial.open("wb") as file:
         file.write(_header({name: tensors[name] for name in order}))
-        if values:
-            for name in order:
+        for name in order:
+            # Vectors are always drawn: a pass may ask whether one is zero.
+            if values or tensors[name].ndim < 2:
                 for piece in _draw(_Law.of(model, name, tensors[name]), name, seed):
                     _write(file, piece)
-        else:
-            file.truncate(file.tell() + sum(tensor.nbytes for tensor in tensors.values()))
+            else:
+                file.seek(tensors[name].nbytes, os.SEEK_CUR)
+        file.truncate()
     # In one step: who has mapped an earlier file keeps its bytes, and an interrupted run leaves none that looks whole.
     partial.replace(path)
     return path

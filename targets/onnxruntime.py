@@ -61,6 +61,7 @@ class OnnxRuntime:
         from calque.passes.cache_dynamic import CacheDynamic
         from calque.passes.cache_static import CacheStatic
         from calque.passes.cast_precision import NARROW, CastPrecision
+        from calque.passes.drop_zero_bias import DropZeroBias
         from calque.passes.fuse_gelu import FuseGelu
         from calque.passes.fuse_grouped_attention import FuseGroupedAttention
         from calque.passes.fuse_layer_norm import FuseLayerNorm
@@ -76,8 +77,10 @@ class OnnxRuntime:
         cache = CacheStatic() if self.cache == "static" else CacheDynamic()
         if self.operators == "standard":
             # What follows, in operators of the standard.
-            return (FuseGelu(), FuseRmsNorm(), FuseLayerNorm(), FuseRotary(), cache, SimplifyShapes(), TransposeLinear(), *cast)
+            written = (FuseGelu(), FuseRmsNorm(), FuseLayerNorm(), FuseRotary())
+            return (DropZeroBias(), *written, cache, SimplifyShapes(), TransposeLinear(), *cast)
         joined = (
+            DropZeroBias(),  # an addition less for each
             FuseGelu(),  # up to eight operators an activation become one
             FuseRmsNorm(),  # five operators a norm become one
             FuseLayerNorm(),  # so do eight of a layer norm that is written out

@@ -54,6 +54,7 @@ def test_artifact_is_proved_whole_and_says_what_it_is(converted: Artifact) -> No
     assert MANIFEST not in converted.files
     assert REPORT not in converted.files
     assert converted.passes == {
+        "drop_zero_bias": 0,
         "fuse_gelu": 0, "fuse_rms_norm": 5, "fuse_layer_norm": 0, "fuse_rotary": 4, "fuse_residual_norm": 4, "cache_dynamic": 4,
         "fuse_grouped_attention": 2, "merge_qkv": 2, "simplify_shapes": 0, "transpose_linear": 11,
     }  # fmt: skip
