@@ -9,10 +9,13 @@ from typing import Any
 
 import onnx
 import pytest
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from calque import passes
 from calque.artifact import Limits
+from calque.converters import causal_lm
 from calque.errors import RecipeError
+from calque.source import ModelSource
 from calque.targets import Emitted, load, make, names
 from calque.targets.onnxruntime import DATA, FILE, OnnxRuntime
 from tests.tiny_models import VOCABULARY, source_of, traced
@@ -186,3 +189,20 @@ def test_memory_stays_far_below_the_weights_while_they_stream_through(tmp_path: 
     assert emit - ready < 120e6
     # Lowering loads the exporter's own code, and no weight.
     assert lower - before < size / 2
+
+
+def nodes_of_a_step(layers: int, folder: Path) -> int:
+    """The nodes of a Qwen2 whose biases are zeros, as transformers initializes them; the peers counted beside it leave these out too."""
+    config: Any = Qwen2Config(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    model, target = causal_lm.trace(ModelSource.resolve(str(folder), scratch=folder)), OnnxRuntime(padding="right")
+    passes.run(target.passes("fp32"), model)
+    return len(list(target.lower(model).graph))
+
+
+def test_a_step_of_24_layers_of_qwen2_has_no_more_than_250_nodes(tmp_path: Path) -> None:
+    two, three = (nodes_of_a_step(layers, tmp_path / str(layers)) for layers in (2, 3))
+    assert two + 22 * (three - two) <= 250
