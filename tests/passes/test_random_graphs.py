@@ -19,8 +19,16 @@ from calque.artifact import NUM_LOGITS_TO_KEEP
 from calque.errors import Unsupported
 from calque.passes import Pass
 from calque.passes.cache_dynamic import CacheDynamic
+from calque.passes.drop_zero_bias import DropZeroBias
+from calque.passes.fuse_gelu import FuseGelu
+from calque.passes.fuse_layer_norm import FuseLayerNorm
+from calque.passes.fuse_residual_norm import FuseResidualNorm
+from calque.passes.fuse_rms_norm import FuseRmsNorm
+from calque.passes.fuse_rotary import FuseRotary
 from calque.passes.keep_last_logits import KeepLastLogits
+from calque.passes.merge_gate_up import MergeGateUp
 from calque.passes.pool_sentences import PoolSentences
+from calque.passes.simplify_shapes import SimplifyShapes
 from calque.passes.transpose_linear import TransposeLinear
 from calque.targets._to_onnx import to_onnx
 from calque.traced import TracedModel
@@ -29,7 +37,10 @@ from tests.passes.random_models import SHAPES, Shape, feeds, trace
 
 # What two orders of the same float32 sums may differ by, in units of an output's largest value.
 ROUNDING = 2e-5
-PASSES: list[Pass] = [CacheDynamic(), KeepLastLogits("last"), KeepLastLogits("dynamic"), TransposeLinear()]
+PASSES: list[Pass] = [
+    CacheDynamic(), DropZeroBias(), FuseGelu(), FuseLayerNorm(), FuseResidualNorm(), FuseRmsNorm(), FuseRotary(), KeepLastLogits("last"),
+    KeepLastLogits("dynamic"), MergeGateUp(), SimplifyShapes(), TransposeLinear(),
+]  # fmt: skip
 LENGTHS = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(0, 4))
 FEW = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 Arrays = dict[str, NDArray[Any]]
