@@ -34,6 +34,8 @@ from calque.passes import Rewrites
 from calque.traced import call, source_of, user_nodes
 
 if TYPE_CHECKING:
+    from sympy import Expr
+
     from calque.traced import TracedModel
 
 aten = torch.ops.aten
@@ -65,10 +67,10 @@ class CacheStatic:
         slots = self._slots(model)
         _guard(model)
         places = _Slots(model, slots)
-        lengths = _Lengths(model, slots)
+        lengths = _Lengths(model)
         _write_in_slots(model, places)
         _mask_anew(model, places)
-        lengths.settle(places)
+        lengths.settle(slots)
         model.propagate(lengths.before)
         model.limits = replace(model.limits, padding="none" if model.limits.padding == "none" else "right", max_length=slots)
         model.settled = True
@@ -185,35 +187,29 @@ def _mask_anew(model: TracedModel, places: _Slots) -> None:
 class _Lengths:
     """The lengths that the graph takes from shapes: what came before (P), and that with the new (P + S), which is now all slots."""
 
-    def __init__(self, model: TracedModel, slots: int) -> None:
-        self.model, self.slots = model, slots
+    def __init__(self, model: TracedModel) -> None:
+        self.model = model
         inputs = model.placeholders()
         self.before = inputs[model.states[0].input].meta["val"].shape[2].node.expr
-        new = inputs["input_ids"].meta["val"].shape[1].node.expr
-        self.all = self.before + new
+        self.all = self.before + inputs["input_ids"].meta["val"].shape[1].node.expr
 
-    def settle(self, places: _Slots) -> None:
+    def settle(self, slots: int) -> None:
         """No node takes a length from the layout before.
 
         Raises:
             Unsupported: every use of one that has no meaning in slots.
         """
-        wrong = []
-        for node in list(self.model.graph.nodes):
-            if node.op != "call_function" or not isinstance(value := node.meta["val"], torch.SymInt):
-                continue
-            if self.before not in value.node.expr.free_symbols:
-                continue
-            if value.node.expr == self.all:
-                node.replace_all_uses_with(self.slots)
+        for node, length in self._left():
+            if length == self.all:
+                node.replace_all_uses_with(slots)  # type: ignore[arg-type]  # torch writes any argument
         self.model.graph.eliminate_dead_code()
-        for node in list(self.model.graph.nodes):
-            if (
-                node.op == "call_function"
-                and isinstance(value := node.meta["val"], torch.SymInt)
-                and self.before in value.node.expr.free_symbols
-            ):
-                wrong += [user for user in node.users if not isinstance(user.meta.get("val"), torch.SymInt)]
+        wrong = [user for node, _ in self._left() for user in node.users if not isinstance(user.meta.get("val"), torch.SymInt)]
         if wrong:
             lines = [" ".join((f"{user.name} ({user.target})", *source_of(user))) for user in wrong]
             raise Unsupported("a static cache has no length before the call", lines, "use cache_dynamic, whose past has one")
+
+    def _left(self) -> list[tuple[Node, Expr]]:
+        """Return the nodes that give a length with P in it, and that length."""
+        lengths = ((node, node.meta["val"]) for node in self.model.graph.nodes if node.op == "call_function")
+        found = [(node, value.node.expr) for node, value in lengths if isinstance(value, torch.SymInt)]
+        return [(node, length) for node, length in found if length.has(self.before)]
