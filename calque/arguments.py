@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import calque
-from calque.choices import LAYOUTS, LOGITS, PRECISIONS, REPORT_FORMATS, REQUIREMENTS
+from calque.choices import LAYOUTS, LOGITS, MOST_THREADS, PRECISIONS, REPORT_FORMATS, REQUIREMENTS
 from calque.errors import UsageError
 from calque.suggest import nearest
 
@@ -110,6 +110,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _threads(text: str) -> int:
+    if (count := _count(text)) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{count} threads are more than any machine gains from, at most {MOST_THREADS}")
+    return count
+
+
 def _positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"`{text}` is not a whole number, 1 or more")
@@ -177,7 +183,7 @@ def _add_convert(command: Parser) -> None:
     how = command.add_argument_group("how")
     how.add_argument("--plan", action="store_true", help="say what would be made, how large, and what is unsupported; write nothing")
     how.add_argument("--max-memory", metavar="SIZE", help="memory that converting may use: 2GB, 512MiB")
-    how.add_argument("--threads", type=_count, metavar="N", help="threads to compute with; 0 lets the runtime choose")
+    how.add_argument("--threads", type=_threads, metavar="N", help="threads to compute with; 0 lets the runtime choose")
 
 
 def _add_folder(command: Parser) -> None:
@@ -185,7 +191,7 @@ def _add_folder(command: Parser) -> None:
 
 
 def _add_threads(command: Parser) -> None:
-    command.add_argument("--threads", type=_count, default=0, metavar="N", help="threads to compute with; 0 lets the runtime choose")
+    command.add_argument("--threads", type=_threads, default=0, metavar="N", help="threads to compute with; 0 lets the runtime choose")
 
 
 def _add_validate(command: Parser) -> None:

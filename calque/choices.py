@@ -15,3 +15,6 @@ LOGITS: tuple[Logits, ...] = get_args(Logits)
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 REQUIREMENTS: tuple[Requirement, ...] = get_args(Requirement)
 REPORT_FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
+
+# More threads than any machine has cores: a number past it is a mistake, and each takes memory.
+MOST_THREADS = 1024

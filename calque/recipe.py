@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from calque.choices import Layout, Logits, Precision, Requirement
+from calque.choices import MOST_THREADS, Layout, Logits, Precision, Requirement
 from calque.recipe_errors import Origin, Problem, problems_besides, problems_of, recipe_error
 from calque.strict_yaml import read_document
 
@@ -195,7 +195,7 @@ class Recipe(_Settings):
     """Run the code that the model's repository brings."""
     require: Requirement | None = None
     """Exit 5 where the artifact could not be built, or not be executed, on this machine."""
-    threads: Annotated[StrictInt, Field(ge=0, le=1024)] = 0
+    threads: Annotated[StrictInt, Field(ge=0, le=MOST_THREADS)] = 0
     """Threads to compute with; 0 lets the runtime choose."""
 
     @model_validator(mode="before")

@@ -40,8 +40,14 @@ NOTES = """\
 
 The mutations of the graph are applied before the operators are joined as well, for padding `any` and `right`, and faults of the
 joined operators' own arguments (bias, lengths, tables of angles, sinks, scale, soft cap, window) after it: `tests/mutations/test_fused.py`.
-All are caught at five times the limit, but for the {of_the_mask} mutations of the mask in padding `right`, which has that mask no more and
-stays right.
+All are caught at five times the limit, but for those that joining takes out of the model, which stays right: in padding `right` the
+{of_the_mask} mutations of the mask, which it has no more; in padding `any`, of a mask without a window, those of anything but padding.
+
+## With keys and values in slots
+
+Faults of a static cache (slots written early, at another row's place or over each other, masks that count from 0 or see too
+much, lengths of before the call, states given back wrong) are planted in nine models after `cache_static`: `tests/mutations/test_slots.py`.
+All are caught at five times the limit. `kv_lengths` too large is none: what it hides is padding's, and no token reads it.
 
 ## What cannot be caught, and is no fault
 
