@@ -183,7 +183,7 @@ def _add_convert(command: Parser) -> None:
     how = command.add_argument_group("how")
     how.add_argument("--plan", action="store_true", help="say what would be made, how large, and what is unsupported; write nothing")
     how.add_argument("--max-memory", metavar="SIZE", help="memory that converting may use: 2GB, 512MiB")
-    how.add_argument("--threads", type=_threads, metavar="N", help="threads to compute with; 0 lets the runtime choose")
+    how.add_argument("--threads", type=_count, metavar="N", help="threads to compute with; 0 lets the runtime choose")
 
 
 def _add_folder(command: Parser) -> None:

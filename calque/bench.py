@@ -155,7 +155,11 @@ def _require_lengths(subjects: Sequence[Subject], asked: Bench) -> None:
         if subject.max_length is not None and length + follow > subject.max_length
     ]
     if wrong:
-        raise Unsupported("some prompts are longer than an artifact takes", wrong, "name shorter ones with --prompt-tokens or --new-tokens")
+        raise Unsupported(
+            "some prompts are longer than an artifact takes",
+            wrong,
+            f"name shorter ones with --prompt-tokens{' or fewer with --new-tokens' if follow else ''}",
+        )
 
 
 def prompt(length: int, vocabulary: int) -> list[int]:

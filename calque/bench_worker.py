@@ -90,7 +90,7 @@ def serve(folder: Path, threads: int) -> None:
     artifact = Artifact.read(folder)
     runner: Generator | Encoder = (Generator if artifact.states else Encoder)(artifact, session)
     [spec] = artifact.graphs.values()
-    onnx = isinstance(session, OnnxRuntimeSession)
+    onnx = isinstance(session, OnnxRuntimeSession) and spec.file.endswith(".onnx")
     _say(
         kind=runner.kind,
         target=artifact.target,

@@ -17,4 +17,4 @@ REQUIREMENTS: tuple[Requirement, ...] = get_args(Requirement)
 REPORT_FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
 
 # More threads than any machine has cores: a number past it is a mistake, and each takes memory.
-MOST_THREADS = 1024
+MOST_THREADS = 512

@@ -66,15 +66,24 @@ def _machine() -> list[Finding]:
 
 
 def _memory() -> str:
+    available, total = _bounded("MemAvailable"), total_memory()
+    if available is None or total is None:
+        return "unknown"
+    return f"{available / 1e9:.1f} GB available of {total / 1e9:.1f} GB"
+
+
+def total_memory() -> int | None:
+    """Return the bytes of memory that this machine, or its container, has; None where nothing says so."""
+    return _bounded("MemTotal")
+
+
+def _bounded(entry: str) -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
-        return "unknown"
+        return None
     values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    limit = _memory_limit()
-    available = min(values["MemAvailable"], limit or values["MemAvailable"])
-    total = min(values["MemTotal"], limit or values["MemTotal"])
-    return f"{available / 1e9:.1f} GB available of {total / 1e9:.1f} GB"
+    return min(values[entry], _memory_limit() or values[entry])
 
 
 def _memory_limit() -> int | None:

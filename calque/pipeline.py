@@ -87,6 +87,7 @@ def emit(recipe: Recipe, target: Target, source: ModelSource, folder: Path, stag
         if problems := target.problems(model):
             fixes = "; ".join(dict.fromkeys(problem.fix for problem in problems))
             raise Unsupported(f"{target.name} cannot express {source.id}", [str(problem) for problem in problems], fixes)
+        preflight.require_cache(model)
         # A scenario that this model has not is said before its weights are written.
         scenarios_of(recipe, source, model.limits, model.states)
     with stages("lower"):
@@ -118,7 +119,7 @@ def emit(recipe: Recipe, target: Target, source: ModelSource, folder: Path, stag
         limits=limits,
     )
     artifact, more = targets.finish(target, artifact, source.config)
-    return artifact, report.noted(*notes, *more)
+    return artifact, report.noted(*notes, *more, shortened(recipe, limits))
 
 
 def prove(
@@ -144,6 +145,7 @@ def prove(
         if why:
             left_out = Check("not_run", target.name, why)
             proof = replace(proof, numerics=replace(proof.numerics, by=STAND_IN), build=left_out, execution=left_out)
+            report = report.noted(f"Build and execution were not run here: {why} Numerics were proved on the {STAND_IN}.")
         layers, note = layer_parity(session, ModelIO.of(artifact), shown, states) if shown and states else ((), note)
     if proof.numerics.status == "failed":
         with stages("bisect"):
@@ -199,6 +201,8 @@ def open_target(recipe: Recipe) -> Target:
     passes.check_order(plan_of(recipe, target))
     if recipe.passes is not None:
         passes.check_precision(recipe.precision, passes.read_plan(recipe.passes), target.passes(recipe.precision))
+        if silent := targets.deciding_passes(recipe.target, recipe.options, recipe.precision):
+            raise UsageError("options that choose passes do nothing beside a list of passes", silent, "leave one of the two out")
     return target
 
 
@@ -208,6 +212,12 @@ def use_threads(recipe: Recipe) -> None:
         import torch
 
         torch.set_num_threads(recipe.threads)
+
+
+def shortened(recipe: Recipe, limits: Limits) -> str:
+    """Return the sentence that says that the artifact takes less than the recipe asks for; nothing where it takes as much."""
+    asked, got = recipe.dims.max_length, limits.max_length
+    return f"The recipe asks for a max_length of {asked}, the model ends at {got}." if asked and got and got < asked else ""
 
 
 def bounded(recipe: Recipe, limits: Limits) -> Limits:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from calque.bandwidth import bandwidth
 from calque.console import size
+from calque.doctor import total_memory
 from calque.errors import SourceUnreadable, WeightMismatch, WontFit
 from calque.weights import torch_dtype_name
 
@@ -28,6 +29,9 @@ RUNTIME_BYTES = 64 << 20
 NODE_FILE_BYTES = 160
 RECORD_BYTES = 32 << 10
 FP32 = 4
+ITEM_BYTES = {"float16": 2, "bfloat16": 2}
+# The largest batch that the gate drives.
+PROOF_ROWS = 5
 # Of one weight, at most; what is packed has embeddings and heads in more.
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4, "int8-static": 4, "int4": 4, "fp8": 4}
 # No language model is nearly as deep; building even this many layers takes minutes.
@@ -109,6 +113,26 @@ def require_tensors(source: ModelSource) -> None:
         raise WeightMismatch(f"config.json of {source.id} promises what the checkpoint cannot hold", wrong, fix)
 
 
+def cache_bytes(model: TracedModel) -> int:
+    """Return what the slots of one row take, all layers together; 0 where the cache grows."""
+    fixed = (state for state in model.states if state.update == "in_place")
+    return sum(math.prod(size for size in state.shape if isinstance(size, int)) * ITEM_BYTES.get(state.dtype, FP32) for state in fixed)
+
+
+def require_cache(model: TracedModel) -> None:
+    """Leave quietly if the slots of the proof's largest batch fit into memory, before and after a call.
+
+    Raises:
+        WontFit: how much they take, and how much there is.
+    """
+    takes, total = 2 * PROOF_ROWS * cache_bytes(model), total_memory()
+    if total is not None and takes > total:
+        raise WontFit(
+            f"a static cache of {model.limits.max_length} slots takes {size(takes)} in the proof, this machine has {size(total)}",
+            fix="ask for fewer slots with --max-length",
+        )
+
+
 def sizes(model: TracedModel, beside: int = 0) -> dict[str, Any]:
     """Return parameters and bytes: weights, artifact, disk, predicted peak memory; and how fast decoding can be at best.
 
@@ -129,7 +153,10 @@ def sizes(model: TracedModel, beside: int = 0) -> dict[str, Any]:
         "weights_bytes": weights,
         "artifact_bytes": artifact,
         "disk_bytes": artifact,
-        "peak_memory_bytes": {"convert": tools + 3 * largest, "prove": tools + RUNTIME_BYTES + 2 * wide},
+        "peak_memory_bytes": {
+            "convert": tools + 3 * largest,
+            "prove": tools + RUNTIME_BYTES + 2 * wide + 2 * PROOF_ROWS * cache_bytes(model),
+        },
         **(_decoding(model, weights) if model.states else {}),
     }
 

@@ -137,6 +137,8 @@ def check_order(plan: Sequence[Pass]) -> None:
         if missing := rewrite.after - done:
             wrong.append(f"{name_of(rewrite)} needs {', '.join(sorted(missing))} before it")
         done.add(name_of(rewrite))
+    if len(caches := [name for name in sorted(done) if name.startswith("cache_")]) > 1:
+        wrong.append(f"{' and '.join(caches)} both settle the cache, and only the first of them would")
     if wrong:
         raise UsageError("the passes stand in an order that cannot work", wrong, "reorder them in the recipe")
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calque.artifact import NUM_LOGITS_TO_KEEP, Artifact
-from calque.errors import Unsupported, UsageError
+from calque.errors import TargetUnavailable, Unsupported, UsageError
 from calque.runtime.limits import check_limits
 from calque.runtime.onnx_file import OnnxFile
 from calque.runtime.onnxruntime_session import OnnxRuntimeSession
@@ -53,11 +53,14 @@ class Decoder:
         """
         if not artifact.states:
             raise Unsupported(f"{artifact.folder} encodes text, it does not continue it", fix="run its graph, as docs/artifact.md shows")
+        if rows < 1:
+            raise UsageError(f"{rows} rows cannot be decoded, 1 or more expected")
         if len(artifact.graphs) != 1:
             raise Unsupported(f"generation drives artifacts of one graph, this one has {sorted(artifact.graphs)}")
         self.artifact, self.rows = artifact, rows
         [(graph, self._spec)] = artifact.graphs.items()
         states = {state.input for state in artifact.states}
+        self._vocabulary = next((tensor.shape[-1] for tensor in self._spec.outputs if tensor.name == "logits"), None)
         self._names = {tensor.name for tensor in self._spec.inputs} - states
         if other := sorted(self._names - FED):
             raise Unsupported(f"nobody knows here what to feed {self._spec.file}", other, "use the artifact's own runtime")
@@ -80,10 +83,11 @@ class Decoder:
         ``ids`` [rows, new] int64; ``mask`` [rows, new] is 0 where they are padding, which belongs where the artifact takes it.
 
         Raises:
-            UsageError: the shapes do not fit.
+            UsageError: the shapes do not fit, or the ids are no whole numbers or none of the model's.
             Unsupported: the call goes past a limit that the manifest records, or the end of a static cache.
         """
-        new = np.ones(ids.shape, np.int64) if mask is None else mask.astype(np.int64)
+        ids = _whole_numbers(ids, "tokens", self._vocabulary)
+        new = np.ones(ids.shape, np.int64) if mask is None else _whole_numbers(mask, "their mask", 2)
         if ids.ndim != 2 or ids.shape[0] != self.rows or not ids.shape[1] or new.shape != ids.shape:
             shapes = f"tokens have shape {list(ids.shape)} and their mask {list(new.shape)}"
             raise UsageError(f"{shapes}, [{self.rows}, 1 or more] expected of both")
@@ -120,7 +124,9 @@ def _states(artifact: Artifact, session: Session, graph: str, rows: int) -> _Han
             raise Unsupported("only ONNX Runtime's session updates states in place", static, "use the artifact's own runtime")
         return _HandedOn(artifact.states, session, graph, rows)
     grows = all(state.update == "append" for state in artifact.states)
-    if static or (grows and OnnxFile.read(artifact.folder / artifact.graphs[graph].file).shares_buffers(artifact.states)):
+    file = artifact.folder / artifact.graphs[graph].file
+    # Another format that ONNX Runtime opens, such as its own, does not say what reads the states.
+    if static or (grows and file.suffix == ".onnx" and OnnxFile.read(file).shares_buffers(artifact.states)):
         return _Shared(artifact.states, session, graph, rows)
     return _HandedOn(artifact.states, session.run, graph, rows)
 
@@ -224,7 +230,25 @@ class _Shared:
         return logits
 
 
+def _whole_numbers(values: Any, called: str, below: int | str | None) -> Ints:
+    """Return the values as int64.
+
+    Raises:
+        UsageError: they are something else, below 0, or too large.
+    """
+    given = np.asarray(values)
+    if given.dtype.kind not in "iub":
+        raise UsageError(f"{called} are of type {given.dtype}, whole numbers expected")
+    numbers = given.astype(np.int64)
+    least, most = (int(numbers.min()), int(numbers.max())) if numbers.size else (0, 0)
+    if least < 0 or (isinstance(below, int) and most >= below):
+        raise UsageError(f"{called} hold {least if least < 0 else most}, 0 to {below - 1 if isinstance(below, int) else '…'} expected")
+    return numbers
+
+
 def _zeros(state: StateSpec, rows: int, slots: int) -> Array:
     """Return a state before its first token, with room for ``slots`` where it grows."""
     dims = {"batch_size": rows, "past_sequence_length": slots}
+    if state.dtype == "bfloat16":
+        raise TargetUnavailable("numpy has no bfloat16, in which this artifact carries its states", fix="run it where its runtime is")
     return np.zeros([dims[size] if isinstance(size, str) else size for size in state.shape], dtype=state.dtype)

@@ -42,6 +42,8 @@ def generate(
     artifact = load(folder)
     sequence = GreedySequence(artifact, open_session(folder, threads), [])
     tokenizer = _tokenizer(folder)
+    if not _is_text(prompt):
+        raise UsageError("the prompt is no text: it holds bytes that are not UTF-8", fix="give text in UTF-8")
     text = chat_prompt(folder, prompt) if chat else prompt
     # A chat template writes its special tokens itself.
     ids = list(tokenizer.encode(text, add_special_tokens=not chat).ids)
@@ -71,6 +73,11 @@ def generate(
         "ttft_ms": round(seconds[0] * 1000, 3) if new else None,
         "tokens_per_s": round((len(new) - 1) / sum(seconds[1:]), 2) if len(new) > 1 else None,
     }
+
+
+def _is_text(prompt: str) -> bool:
+    """Return whether no byte of the command line was left undecoded."""
+    return not any("\ud800" <= character <= "\udfff" for character in prompt)
 
 
 def check_vocabulary(artifact: Artifact, ids: list[int]) -> None:

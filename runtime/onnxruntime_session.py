@@ -120,6 +120,11 @@ def _check_names(spec: GraphSpec, session: Any) -> None:
         raise ArtifactUnreadable(f"{spec.file} is not the graph that the manifest describes", lines, _REDO)
 
 
+def _empty(inputs: Mapping[str, NDArray[np.generic]]) -> list[str]:
+    """Return the inputs of tokens that hold none: some kernels divide by how many there are."""
+    return [name for name in ("input_ids",) if name in inputs and inputs[name].ndim and not inputs[name].size]
+
+
 def check_inputs(spec: GraphSpec, inputs: Mapping[str, NDArray[np.generic]]) -> None:
     """Leave quietly if the inputs have the graph's names, dtypes and shapes, equal names of dimensions being equal sizes.
 
@@ -144,6 +149,7 @@ def check_inputs(spec: GraphSpec, inputs: Mapping[str, NDArray[np.generic]]) -> 
             if size != known:
                 lines.append(f"{name}  shape {list(array.shape)}, {list(tensor.shape)} expected, {wanted} being {known} by {by}")
     parts = [dims.get(dim) for dim in ("past_sequence_length", "sequence_length", "total_sequence_length")]
+    lines += [f"{name}  shape {list(inputs[name].shape)}, at least one token expected" for name in _empty(inputs)]
     if not lines and all(parts):
         past, new, total = (part[0] for part in parts if part)
         if past + new != total:

@@ -176,3 +176,17 @@ def make(name: str, options: Mapping[str, Any]) -> Target:
     """
     made: Target = construct(load(name), options, f"target {name}")
     return made
+
+
+def deciding_passes(name: str, options: Mapping[str, Any], precision: str) -> list[str]:
+    """Return the options without which the target would take other passes: beside a list of passes they would do nothing."""
+    listed = make(name, options).passes(precision)
+    lines = []
+    for key, value in options.items():
+        try:
+            without = make(name, {other: given for other, given in options.items() if other != key}).passes(precision)
+        except UsageError:
+            continue  # which the others need; they are named by themselves
+        if without != listed:
+            lines.append(f"options: {key}: {value}")
+    return lines

@@ -50,8 +50,8 @@ class OnnxRuntime:
         """Refuse what does not go together."""
         if self.operators == "standard" and self.padding != "any":
             raise ValueError(f"padding: {self.padding} belongs to operators: fused; standard ones take padding anywhere")
-        if self.cache == "static" and self.padding != "any":
-            raise ValueError(f"padding: {self.padding} belongs to cache: dynamic; slots are filled from 0, so padding is on the right")
+        if self.cache == "static" and self.padding == "none":
+            raise ValueError("padding: none belongs to cache: dynamic; slots take padding on the right")
 
     name: ClassVar[str] = "onnxruntime"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "bf16")

@@ -33,6 +33,11 @@ def _add_suite(root: ET.Element, cell: Cell) -> None:
             ET.SubElement(properties, "property", name=key, value=_text(value))
     for row in cell.report.scenarios:
         _add_case(suite, cell, row)
+    for check in ("build", "execution") if cell.report.scenarios else ():
+        found = (cell.manifest or {}).get("proof", {}).get(check, {})
+        if found.get("status") == "not_run":
+            case = ET.SubElement(suite, "testcase", name=check, classname=_text(cell.name), time=_seconds(0))
+            ET.SubElement(case, "skipped", message=_text(found.get("reason") or "not run"))
     explained = any(row["status"] == "failed" for row in cell.report.scenarios)
     if cell.status == "skipped" and not cell.report.scenarios:
         case = ET.SubElement(suite, "testcase", name="convert", classname=_text(cell.name), time=_seconds(cell.seconds))

@@ -216,7 +216,7 @@ def test_plan_says_what_would_be_made(
         (["convert", "m", "--logits", "lst"], "did you mean `last`?"),
         (["convert", "m", "--require", "builds"], "did you mean `build`?"),
         (["convert", "m", "--threads", "many"], "`many` is not a whole number, 0 or more"),
-        (["generate", "m", "-p", "x", "--threads", "99999"], "99999 threads are more than any machine gains from, at most 1024"),
+        (["generate", "m", "-p", "x", "--threads", "99999"], "99999 threads are more than any machine gains from, at most 512"),
         (["convert", "m", "--set", "padding"], "`padding` is not KEY=VALUE"),
         (["convert", "m", "--target", "onnxruntime", "--set", "a=1", "--set", "a=2"], "--set a=…"),
         (["convert", "m", "--target", "onnxruntime", "--max-memory", "lots"], "max_memory: must be a size"),

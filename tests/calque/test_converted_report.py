@@ -8,6 +8,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
+import torch
 
 from calque import pipeline
 from calque.artifact import MANIFEST, REPORT, Artifact
@@ -19,7 +20,7 @@ from calque.traced import TracedModel
 from calque.validation.cells import read_artifact
 from calque.validation.render import report
 from calque.weights import Derived
-from tests.tiny_models import source_of
+from tests.tiny_models import TINY, source_of
 
 
 def recipe(**settings: Any) -> Recipe:
@@ -80,14 +81,21 @@ def test_every_format_is_made_of_it(converted: Artifact, told: dict[str, Any]) -
     assert "Parity by layer" in report(folders, "html")
 
 
+def values_negated(weight: torch.Tensor) -> torch.Tensor:
+    """A product of queries, keys and values, [in, out], whose last columns, the values, have the other sign."""
+    tiny = TINY["gemma3_text"]
+    kept = weight.shape[1] - tiny.kv_heads * tiny.head_dim
+    return torch.cat([weight[:, :kept], -weight[:, kept:]], dim=1)
+
+
 def test_a_rejected_artifact_tells_the_layer_that_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     apply = TransposeLinear.apply
 
     def negate(self: TransposeLinear, model: TracedModel) -> Rewrites:
         done = apply(self, model)
-        name = "model.layers.1.self_attn.v_proj.weight.transposed"
+        [name] = [name for name in model.weights.entries if "layers.1.self_attn" in name and name.endswith("qkv.transposed")]
         weight = model.weights[name]
-        model.weights.entries[name] = Derived((weight,), "negate", lambda tensor: -tensor, "float32", weight.shape)
+        model.weights.entries[name] = Derived((weight,), "negate", values_negated, "float32", weight.shape)
         return done
 
     monkeypatch.setattr(TransposeLinear, "apply", negate)

@@ -35,7 +35,7 @@ HOSTILE = {
     "two-documents": (GIVEN + b"---\n" + GIVEN, "line 3: but found another document"),
     "unfinished": (GIVEN + b"options: {", "line 3: expected"),
     "huge-number": (GIVEN + b"threads: " + b"9" * 5000, "line 3: '9999"),
-    "many-threads": (GIVEN + b"threads: 100000", "line 3: threads: input should be less than or equal to 1024"),
+    "many-threads": (GIVEN + b"threads: 100000", "line 3: threads: input should be less than or equal to 512"),
     "wrong-type": (GIVEN + b"dims: [1, 2, 3]", "line 3: dims: must be a mapping"),
     "list": (b"\n- model\n", "line 1: a recipe is a mapping"),
     "empty": (b"", "found nothing"),
