@@ -12,6 +12,7 @@ from calque import passes, preflight
 from calque.console import size
 from calque.errors import WeightMismatch, WontFit
 from calque.passes.cache_dynamic import CacheDynamic
+from calque.passes.cache_static import CacheStatic
 from calque.passes.transpose_linear import TransposeLinear
 from tests.tiny_models import source_of, traced
 
@@ -93,3 +94,22 @@ def test_sizes_that_no_tensor_of_the_checkpoint_has_are_refused_before_anything_
     with pytest.raises(WeightMismatch) as caught:
         preflight.require_tensors(replace(source, config=config))
     assert [line.split("  ")[0] for line in caught.value.where] == [f"{size}: {promised}"]
+
+
+def test_slots_that_no_memory_holds_are_refused_with_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = traced("llama")
+    passes.run([CacheStatic(1000)], model)
+    per_row = 2 * 2 * 2 * 1000 * 24 * 4  # layers, key and value, heads, slots, size, bytes
+    assert preflight.cache_bytes(model) == per_row
+    monkeypatch.setattr(preflight, "total_memory", lambda: 10 * per_row)
+    preflight.require_cache(model)
+    monkeypatch.setattr(preflight, "total_memory", lambda: 10 * per_row - 1)
+    with pytest.raises(WontFit, match="1000 slots") as caught:
+        preflight.require_cache(model)
+    assert "--max-length" in caught.value.fix
+
+
+def test_a_cache_that_grows_asks_for_no_slots() -> None:
+    model = traced("llama")
+    passes.run([CacheDynamic()], model)
+    assert preflight.cache_bytes(model) == 0

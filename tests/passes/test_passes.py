@@ -12,6 +12,7 @@ from calque import passes
 from calque.errors import RecipeError, UsageError
 from calque.passes import Pass, Rewrites
 from calque.passes.cache_dynamic import CacheDynamic
+from calque.passes.cache_static import CacheStatic
 from calque.passes.keep_last_logits import KeepLastLogits
 from calque.passes.transpose_linear import TransposeLinear
 from calque.traced import TracedModel
@@ -68,6 +69,13 @@ def test_unknown_option_is_refused_with_those_there_are() -> None:
 def test_plan_is_read_from_names_and_names_with_options() -> None:
     plan = passes.read_plan(["cache_dynamic", {"keep_last_logits": {"keep": "dynamic"}}, {"transpose_linear": {}}])
     assert plan == (CacheDynamic(), KeepLastLogits("dynamic"), TransposeLinear())
+
+
+def test_two_passes_that_settle_the_cache_are_refused() -> None:
+    for plan in ([CacheDynamic(), CacheStatic()], [CacheStatic(), CacheDynamic()]):
+        with pytest.raises(UsageError, match="cannot work") as caught:
+            passes.check_order(plan)
+        assert caught.value.where == ("cache_dynamic and cache_static both settle the cache, and only the first of them would",)
 
 
 def test_order_is_checked_and_all_that_is_missing_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 
 from calque.artifact import Artifact, Limits
-from calque.errors import Unsupported, UsageError
+from calque.errors import TargetUnavailable, Unsupported, UsageError
 from calque.runtime import OnnxRuntimeSession
 from calque.runtime.decoder import ROOM, Decoder
 from calque.runtime.generate import GreedySequence
@@ -218,3 +218,35 @@ def test_artifacts_that_cannot_be_continued_are_refused(tmp_path: Path) -> None:
             Decoder(wrong, OnnxRuntimeSession(wrong))
     with pytest.raises(Unsupported, match="in place"):
         Decoder(artifact, lambda graph, inputs: {})
+
+
+WRONG: list[tuple[Any, Any, str]] = [
+    (np.ones((1, 2), np.float32), None, "tokens are of type float32"),
+    (np.full((1, 2), VOCABULARY), None, f"tokens hold {VOCABULARY}, 0 to {VOCABULARY - 1} expected"),
+    (np.array([[3, -1]]), None, "tokens hold -1"),
+    (np.ones((1, 2), np.int64), np.array([[1, 2]]), "their mask hold 2"),
+    (np.ones((1, 0), np.int64), None, "1 or more"),
+]
+
+
+@pytest.mark.parametrize(("ids", "mask", "what"), WRONG)
+def test_what_are_no_tokens_is_a_usage_error_and_leaves_the_rows_as_they_were(tmp_path: Path, ids: Any, mask: Any, what: str) -> None:
+    artifact = write_grouped(tmp_path)
+    decoder = Decoder(artifact, OnnxRuntimeSession(artifact))
+    with pytest.raises(UsageError, match=what):
+        decoder(ids, mask)
+    assert decoder.lengths.tolist() == [0]
+    assert decoder(np.ones((1, 2), np.int32)).shape[1] == 2  # of any type of whole numbers
+
+
+def test_no_rows_at_all_are_a_usage_error(tmp_path: Path) -> None:
+    artifact = write_grouped(tmp_path)
+    with pytest.raises(UsageError, match="0 rows"):
+        Decoder(artifact, OnnxRuntimeSession(artifact), rows=0)
+
+
+def test_states_that_numpy_has_no_type_for_are_a_missing_device(tmp_path: Path) -> None:
+    artifact = write_static(tmp_path)
+    narrow = replace(artifact, states=tuple(replace(state, dtype="bfloat16") for state in artifact.states))
+    with pytest.raises(TargetUnavailable, match="bfloat16"):
+        Decoder(narrow, OnnxRuntimeSession(narrow))(np.ones((1, 1), np.int64))

@@ -193,3 +193,11 @@ def test_another_targets_artifact_is_not_opened(tmp_path: Path) -> None:
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactUnreadable):
         open_session(tmp_path / "nothing")
+
+
+def test_a_batch_of_no_rows_is_a_usage_error_and_does_not_run(artifact: Artifact) -> None:
+    session = OnnxRuntimeSession(artifact)
+    with pytest.raises(UsageError, match="do not fit") as caught:
+        session("model", call(0, 2, 0))
+    assert any("at least one token expected" in line for line in caught.value.where)
+    assert session._open == {}

@@ -16,7 +16,7 @@ from calque.artifact import Limits
 from calque.converters import causal_lm
 from calque.errors import RecipeError
 from calque.source import ModelSource
-from calque.targets import Emitted, load, make, names
+from calque.targets import Emitted, deciding_passes, load, make, names
 from calque.targets.onnxruntime import DATA, FILE, OnnxRuntime
 from tests.tiny_models import VOCABULARY, source_of, traced
 
@@ -189,6 +189,13 @@ def test_memory_stays_far_below_the_weights_while_they_stream_through(tmp_path: 
     assert emit - ready < 120e6
     # Lowering loads the exporter's own code, and no weight.
     assert lower - before < size / 2
+
+
+def test_options_that_decide_the_passes_are_named() -> None:
+    options = {"cache": "static", "operators": "fused", "arithmetic": "float32"}
+    assert deciding_passes("onnxruntime", options, "fp32") == ["options: cache: static"]
+    assert deciding_passes("onnxruntime", options, "fp16") == ["options: cache: static", "options: arithmetic: float32"]
+    assert deciding_passes("onnxruntime", {"operators": "fused", "padding": "right"}, "fp32") == ["options: padding: right"]
 
 
 def nodes_of_a_step(layers: int, folder: Path) -> int:
