@@ -45,9 +45,9 @@ def fused(model: TracedModel, padding: Any) -> TracedModel:
 
 def healed(mutation: str, model: TracedModel, padding: str) -> bool:
     """Whether joining took out of the model what the mutation had broken."""
-    if padding != "any":
-        return mutation in OF_THE_MASK
     biases = [node.args[BIAS] for node in user_nodes(model.graph.nodes, grouped)]
+    if padding != "any" or not biases:  # without a joined attention nothing reads a mask by its meaning
+        return bool(biases) and mutation in OF_THE_MASK
     padding_alone = all(isinstance(bias, Node) and bias.target is torch.ops.calque.padding_bias.default for bias in biases)
     return mutation in NEVER_READ or (padding_alone and mutation in OF_THE_MASK - ALWAYS_READ)
 

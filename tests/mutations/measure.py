@@ -38,7 +38,8 @@ of one unpadded prompt over an empty cache, finds nothing wrong: that is so for 
 NOTES = """\
 ## With every operator joined
 
-The mutations of the graph are applied before the operators are joined as well, for padding `any` and `right`, and faults of the
+The mutations of the graph are applied before the operators are joined as well, for padding `any` and `right`, those that they have on
+phi3, gpt_oss and bloom too, and faults of the
 joined operators' own arguments (bias, lengths, tables of angles, sinks, scale, soft cap, window) after it: `tests/mutations/test_fused.py`.
 All are caught at five times the limit, but for those that joining takes out of the model, which stays right: in padding `right` the
 {of_the_mask} mutations of the mask, which it has no more; in padding `any`, of a mask without a window, those of anything but padding.

@@ -8,7 +8,7 @@ import pytest
 
 from tests.mutations.fused import ALWAYS_READ, FAULTS, NEVER_READ, OF_THE_MASK, first_failure, fused, healed
 from tests.mutations.measure import LEAST_MARGIN
-from tests.mutations.mutations import MUTATIONS, applicable
+from tests.mutations.mutations import LACKING, MUTATIONS, applicable
 from tests.mutations.traced_gate import MODELS, traced_gate
 
 # Padding none is padding right of which no row has any.
@@ -16,7 +16,7 @@ PADDINGS = ("any", "right")
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "phi3", *LACKING])
 def test_each_mutation_is_caught_though_every_operator_is_joined(name: str, padding: str, subtests: pytest.Subtests) -> None:
     gate = traced_gate(name)
     for mutation in applicable(name):
@@ -47,6 +47,11 @@ def test_each_fault_of_a_joined_operator_is_caught(name: str, padding: Any, subt
             assert row["worst_sigma"] >= LEAST_MARGIN * row["limit"], row["reason"]
             caught.append(fault)
     assert "scale of another head size" in caught
+
+
+def test_what_a_model_lacks_are_names_of_mutations() -> None:
+    names = {mutation.name for mutation in MUTATIONS}
+    assert all(lacking < names for lacking in LACKING.values())
 
 
 def test_faults_of_the_mask_are_names_of_mutations() -> None:

@@ -72,7 +72,8 @@ def test_plan_is_read_from_names_and_names_with_options() -> None:
 
 
 def test_two_passes_that_settle_the_cache_are_refused() -> None:
-    for plan in ([CacheDynamic(), CacheStatic()], [CacheStatic(), CacheDynamic()]):
+    plans: list[list[Pass]] = [[CacheDynamic(), CacheStatic()], [CacheStatic(), CacheDynamic()]]
+    for plan in plans:
         with pytest.raises(UsageError, match="cannot work") as caught:
             passes.check_order(plan)
         assert caught.value.where == ("cache_dynamic and cache_static both settle the cache, and only the first of them would",)
