@@ -37,13 +37,10 @@ def generate(
         ArtifactUnreadable: not an artifact, or one without a tokenizer.
     """
     folder = Path(folder)
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens is {max_new_tokens}, at least 1 expected")
+    _require_sense(prompt, max_new_tokens)
     artifact = load(folder)
     sequence = GreedySequence(artifact, open_session(folder, threads), [])
     tokenizer = _tokenizer(folder)
-    if not _is_text(prompt):
-        raise UsageError("the prompt is no text: it holds bytes that are not UTF-8", fix="give text in UTF-8")
     text = chat_prompt(folder, prompt) if chat else prompt
     # A chat template writes its special tokens itself.
     ids = list(tokenizer.encode(text, add_special_tokens=not chat).ids)
@@ -75,9 +72,12 @@ def generate(
     }
 
 
-def _is_text(prompt: str) -> bool:
-    """Return whether no byte of the command line was left undecoded."""
-    return not any("\ud800" <= character <= "\udfff" for character in prompt)
+def _require_sense(prompt: str, max_new_tokens: int) -> None:
+    """Leave quietly if something is asked for, and of a prompt of which no byte was left undecoded."""
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_new_tokens}, at least 1 expected")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UsageError("the prompt is no text: it holds bytes that are not UTF-8", fix="give text in UTF-8")
 
 
 def check_vocabulary(artifact: Artifact, ids: list[int]) -> None:

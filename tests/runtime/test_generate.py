@@ -180,3 +180,9 @@ def test_running_needs_neither_torch_nor_onnx(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert done.stdout.splitlines() == ["two three", "[]"]
+
+
+def test_a_prompt_of_bytes_that_are_no_text_is_a_usage_error(tmp_path: Path) -> None:
+    write_counting(tmp_path, Counting())
+    with pytest.raises(UsageError, match="not UTF-8"):
+        generate(tmp_path, b"\xff\xfe".decode(errors="surrogateescape"), 1)
