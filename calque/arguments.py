@@ -165,9 +165,9 @@ def _add_convert(command: Parser) -> None:
     to.add_argument(
         "--logits", type=_one_of("choice of logits", LOGITS), metavar="WHICH", help=f"{', '.join(LOGITS)}; all where it is left out"
     )
-    where = f"{' or '.join(LAYOUTS)}: which names the model's files have; flat where it is left out"
     bound = "most tokens of prompt and answer together: the artifact refuses more, and a static cache has that many slots"
     to.add_argument("--max-length", type=_positive, metavar="N", help=bound)
+    where = f"{' or '.join(LAYOUTS)}: which names the model's files have; flat where it is left out"
     to.add_argument("--layout", type=_one_of("layout", LAYOUTS), metavar="LAYOUT", help=where)
     to.add_argument("--calibration", metavar="FILE", help="text that activation ranges are measured on")
     to.add_argument("--set", type=_assignment, action="append", metavar="KEY=VALUE", help="an option of the target; may be repeated")

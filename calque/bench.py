@@ -13,13 +13,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import calque
 from calque import errors
 from calque.bandwidth import bandwidth
 from calque.bench_figures import Run, Subject, results
 from calque.errors import CalqueError, Unsupported, UsageError
+
+Subjects = TypeVar("Subjects")
 
 # Calls of an encoder in one run: one alone is too short to be told from chance.
 CALLS = 10
@@ -119,7 +121,7 @@ def bench(folders: Sequence[Path], asked: Bench, announce: Callable[[str], objec
         for number in range(asked.rounds):
             announce(f"round {number + 1} of {asked.rounds}")
             for tokens in prompts:
-                for place in rotated(len(workers), number):
+                for place in rotated(range(len(workers)), number):
                     answer = workers[place].run(tokens, new)
                     peaks[place] = answer["peak_rss_bytes"]
                     runs.append(Run(place, number, len(tokens), tuple(answer["seconds"])))
@@ -168,7 +170,7 @@ def prompt(length: int, vocabulary: int) -> list[int]:
     return [chosen.randrange(vocabulary) for _ in range(length)]
 
 
-def rotated(count: int, number: int) -> list[int]:
-    """Return the places of ``count`` artifacts, beginning with another one in each round."""
-    start = number % count
-    return [*range(start, count), *range(start)]
+def rotated(subjects: Sequence[Subjects], number: int) -> list[Subjects]:
+    """Return what is measured in its order, beginning with another one in each round."""
+    start = number % len(subjects)
+    return [*subjects[start:], *subjects[:start]]

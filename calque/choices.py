@@ -8,6 +8,7 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "int8-static", "int4", "fp8"
 Logits = Literal["all", "last", "dynamic"]
 Layout = Literal["flat", "transformers.js"]
 Requirement = Literal["build", "execution"]
+NarrowType = Literal["float16", "bfloat16"]
 ReportFormat = Literal["markdown", "html", "junit", "json"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -16,5 +17,7 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 REQUIREMENTS: tuple[Requirement, ...] = get_args(Requirement)
 REPORT_FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
 
+# The precisions that are a narrower type than float32, and that type as torch calls it.
+NARROW: dict[str, NarrowType] = {"fp16": "float16", "bf16": "bfloat16"}
 # More threads than any machine has cores: a number past it is a mistake, and each takes memory.
 MOST_THREADS = 512

@@ -40,6 +40,18 @@ def wave(value: Any) -> tuple[Any, Any, float] | None:
     return value.target, value.args[0], scale
 
 
+def mean_of(value: Any) -> Any:
+    """Return what the argument is the mean of, over the last axis, which it keeps; None if it is not."""
+    return value.args[0] if calls(value, aten.mean.dim) and list(value.args[1]) == [-1] and value.args[2:3] == (True,) else None
+
+
+def square_of(value: Any) -> Any:
+    """Return what the argument is the square of; None if it is not."""
+    if calls(value, aten.pow.Tensor_Scalar) and value.args[1] == 2:
+        return value.args[0]
+    return value.args[0] if calls(value, aten.mul.Tensor) and value.args[0] is value.args[1] else None
+
+
 def only_user(node: Node) -> Node | None:
     """Return the one node that reads ``node``; None if there are others, or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None

@@ -145,7 +145,7 @@ def prove(
         if why:
             left_out = Check("not_run", target.name, why)
             proof = replace(proof, numerics=replace(proof.numerics, by=STAND_IN), build=left_out, execution=left_out)
-            report = report.noted(f"Build and execution were not run here: {why} Numerics were proved on the {STAND_IN}.")
+            report = report.noted(f"Build and execution were not run here: {why}. Numerics were proved on the {STAND_IN}.")
         layers, note = layer_parity(session, ModelIO.of(artifact), shown, states) if shown and states else ((), note)
     if proof.numerics.status == "failed":
         with stages("bisect"):

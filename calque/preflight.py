@@ -29,7 +29,6 @@ RUNTIME_BYTES = 64 << 20
 NODE_FILE_BYTES = 160
 RECORD_BYTES = 32 << 10
 FP32 = 4
-ITEM_BYTES = {"float16": 2, "bfloat16": 2}
 # The largest batch that the gate drives.
 PROOF_ROWS = 5
 # Of one weight, at most; what is packed has embeddings and heads in more.
@@ -115,8 +114,11 @@ def require_tensors(source: ModelSource) -> None:
 
 def cache_bytes(model: TracedModel) -> int:
     """Return what the slots of one row take, all layers together; 0 where the cache grows."""
-    fixed = (state for state in model.states if state.update == "in_place")
-    return sum(math.prod(size for size in state.shape if isinstance(size, int)) * ITEM_BYTES.get(state.dtype, FP32) for state in fixed)
+    import torch
+
+    fixed = [state for state in model.states if state.update == "in_place"]
+    elements = [math.prod(size for size in state.shape if isinstance(size, int)) for state in fixed]
+    return sum(count * getattr(torch, state.dtype).itemsize for count, state in zip(elements, fixed, strict=True))
 
 
 def require_cache(model: TracedModel) -> None:

@@ -34,6 +34,7 @@ import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from calque.choices import NarrowType
 from calque.passes import Rewrites
 from calque.patterns import aten, calls
 from calque.traced import call, refresh
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
 
 calque = torch.ops.calque
 WIDE = torch.float32
-NarrowType = Literal["float16", "bfloat16"]
-# The precisions of recipes that this pass makes, and the type of each.
-NARROW: dict[str, NarrowType] = {"fp16": "float16", "bf16": "bfloat16"}
 
 # What multiplies and adds up in float32 inside, so that only its result is rounded.
 PRODUCTS = {

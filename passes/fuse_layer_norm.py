@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch.fx import Node
 
 from calque.passes import Rewrites
-from calque.patterns import aten, calls, only_user, orders
+from calque.patterns import aten, calls, mean_of, only_user, orders, square_of
 from calque.traced import call
 
 if TYPE_CHECKING:
@@ -74,24 +74,12 @@ def _of_variance(variance: Any) -> Node | None:
         axes, biased = variance.args[1], variance.kwargs.get("correction") == 0 or variance.args[2:3] == (False,)
         kept = variance.kwargs.get("keepdim") is True or variance.args[3:4] == (True,)
         return variance.args[0] if list(axes) == [-1] and biased and kept else None
-    square = _mean_of(variance)
-    if square is None:
-        return None
-    if calls(square, aten.pow.Tensor_Scalar) and square.args[1] == 2:
-        return _centred(square.args[0])
-    if calls(square, aten.mul.Tensor) and square.args[0] is square.args[1]:
-        return _centred(square.args[0])
-    return None
-
-
-def _mean_of(value: Any) -> Any:
-    """Return what a value is the mean of, over the last axis, which it keeps; None if it is not."""
-    return value.args[0] if calls(value, aten.mean.dim) and list(value.args[1]) == [-1] and value.args[2:3] == (True,) else None
+    return _centred(square_of(mean_of(variance)))
 
 
 def _centred(value: Any) -> Node | None:
     """Return x where a value is x - mean(x)."""
-    if not calls(value, aten.sub.Tensor) or value.kwargs or _mean_of(value.args[1]) is not value.args[0]:
+    if not calls(value, aten.sub.Tensor) or value.kwargs or mean_of(value.args[1]) is not value.args[0]:
         return None
     found: Node = value.args[0]
     return found

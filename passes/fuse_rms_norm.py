@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from calque.passes import Rewrites
-from calque.patterns import aten, calls, only_user, orders
+from calque.patterns import aten, calls, mean_of, only_user, orders, square_of
 from calque.traced import call
 from calque.weights import Derived, Weight
 
@@ -66,15 +66,8 @@ def _mean_square(root: Any) -> tuple[Node, float] | None:
     total = root.args[0]
     if not calls(total, aten.add.Tensor) or not isinstance(epsilon := total.args[1], float):
         return None
-    mean = total.args[0]
-    if not calls(mean, aten.mean.dim) or list(mean.args[1]) != [-1] or mean.args[2:3] != (True,):
-        return None
-    square = mean.args[0]
-    if calls(square, aten.pow.Tensor_Scalar) and square.args[1] == 2:
-        return square.args[0], epsilon
-    if calls(square, aten.mul.Tensor) and square.args[0] is square.args[1]:
-        return square.args[0], epsilon
-    return None
+    value = square_of(mean_of(total.args[0]))
+    return None if value is None else (value, epsilon)
 
 
 def _weighted(model: TracedModel, names: dict[Node, str], normed: Node) -> tuple[Node, Node | None]:

@@ -120,9 +120,11 @@ def _check_names(spec: GraphSpec, session: Any) -> None:
         raise ArtifactUnreadable(f"{spec.file} is not the graph that the manifest describes", lines, _REDO)
 
 
-def _empty(inputs: Mapping[str, NDArray[np.generic]]) -> list[str]:
-    """Return the inputs of tokens that hold none: some kernels divide by how many there are."""
-    return [name for name in ("input_ids",) if name in inputs and inputs[name].ndim and not inputs[name].size]
+def _no_tokens(ids: NDArray[np.generic] | None) -> list[str]:
+    """Return the line of ids that are none: some kernels divide by how many there are."""
+    if ids is None or not ids.ndim or ids.size:
+        return []
+    return [f"input_ids  shape {list(ids.shape)}, at least one token expected"]
 
 
 def check_inputs(spec: GraphSpec, inputs: Mapping[str, NDArray[np.generic]]) -> None:
@@ -149,7 +151,7 @@ def check_inputs(spec: GraphSpec, inputs: Mapping[str, NDArray[np.generic]]) -> 
             if size != known:
                 lines.append(f"{name}  shape {list(array.shape)}, {list(tensor.shape)} expected, {wanted} being {known} by {by}")
     parts = [dims.get(dim) for dim in ("past_sequence_length", "sequence_length", "total_sequence_length")]
-    lines += [f"{name}  shape {list(inputs[name].shape)}, at least one token expected" for name in _empty(inputs)]
+    lines += _no_tokens(inputs.get("input_ids"))
     if not lines and all(parts):
         past, new, total = (part[0] for part in parts if part)
         if past + new != total:

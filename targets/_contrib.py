@@ -17,9 +17,9 @@ from calque.targets._standard import STANDARD, Table, ints, placed
 DOMAIN = "com.microsoft"
 
 
-def contrib(name: str, inputs: Sequence[Any], outputs: int = 1, domain: str = DOMAIN, **attributes: Any) -> Any:
+def contrib(name: str, inputs: Sequence[Any], outputs: int = 1, **attributes: Any) -> Any:
     """Return what one of ONNX Runtime's own operators gives; a list where it has several outputs."""
-    return placed(name, inputs, outputs, domain, **attributes)
+    return placed(name, inputs, outputs, DOMAIN, **attributes)
 
 
 def linear(x: Any, weight: Any, bias: Any = None) -> Any:
@@ -32,7 +32,7 @@ def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
     """Return ``SimplifiedLayerNormalization``, which belongs to the default domain without being in the standard."""
     if weight is None:
         return STANDARD[torch.ops.calque.rms_norm.default](x, weight, epsilon)
-    return contrib("SimplifiedLayerNormalization", [x, weight], domain="", axis=-1, epsilon=epsilon, stash_type=1)
+    return placed("SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=epsilon, stash_type=1)
 
 
 def flat_rms_norm(x: Any, weight: Any, epsilon: float, heads: int) -> Any:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from calque.artifact import Artifact, GraphSpec
+from calque.choices import NARROW
 from calque.errors import TargetUnavailable
 from calque.passes import Pass
 from calque.targets import Emitted, Problem, package_rows
@@ -60,7 +61,7 @@ class OnnxRuntime:
         """Return the passes of this target, in order."""
         from calque.passes.cache_dynamic import CacheDynamic
         from calque.passes.cache_static import CacheStatic
-        from calque.passes.cast_precision import NARROW, CastPrecision
+        from calque.passes.cast_precision import CastPrecision
         from calque.passes.drop_zero_bias import DropZeroBias
         from calque.passes.fuse_gelu import FuseGelu
         from calque.passes.fuse_grouped_attention import FuseGroupedAttention

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calque.artifact import NUM_LOGITS_TO_KEEP, TensorSpec
+from calque.choices import NARROW
 from calque.errors import ParityFailed, UsageError
 from calque.states import StateSpec
 from calque.validation.scenarios import PAD, Scenario, calls, pad
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     Array = NDArray[np.generic]
 
 PLAIN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "write_indices", "kv_lengths", NUM_LOGITS_TO_KEEP)
-# The type that a precision computes in, where that is not float32: the same names as in calque.passes.cast_precision.
-NARROW = {"fp16": "float16", "bf16": "bfloat16"}
 # How configs call the number of their layers.
 DEPTHS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 

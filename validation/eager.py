@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calque.choices import NARROW
 from calque.errors import SourceUnreadable
 from calque.memory import ran_out
-from calque.validation.drive import NARROW, segments
+from calque.validation.drive import segments
 
 if TYPE_CHECKING:
     import torch

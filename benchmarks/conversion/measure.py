@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import os
+import resource
 import signal
 import subprocess
 import threading
@@ -74,8 +75,10 @@ def measure(command: Sequence[str], log: Path, environment: Mapping[str, str], f
     process.returncode = os.waitstatus_to_exitcode(status)  # Popen must not wait again
     sampler.join()
     cpu = usage.ru_utime + usage.ru_stime
-    # The kernel's own peak of the largest single process catches what falls between two samples.
-    peak = max([usage.ru_maxrss * 1024, *(sample.rss for sample in sampler.samples)])
+    # The kernel's own peak of the largest single process catches what falls between two samples. Between fork and exec a
+    # child has this process's pages, which count in its peak ever after: only what lies above ours is the command's.
+    ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = max([usage.ru_maxrss * 1024 if usage.ru_maxrss > ours else 0, *(sample.rss for sample in sampler.samples)])
     others = max(0.0, busy_seconds() - busy - cpu)
     return Measured(process.returncode, wall, cpu, peak, others, sampler.marked_at, tuple(sampler.samples))
 

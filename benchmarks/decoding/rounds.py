@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from benchmarks.decoding.profile import nodes_per_step
 from benchmarks.decoding.tables import Artifact, Measured, Run, first_difference
 from benchmarks.decoding.worker import Failed, Worker
 from calque.bandwidth import bandwidth
+from calque.bench import prompt, rotated
 
 PROMPTS = (128, 512)
 STEPS, WARM_UP_STEPS = 64, 4
@@ -141,18 +141,6 @@ def runs(answers: Sequence[Answer], names: Sequence[str]) -> tuple[Run, ...]:
         speed = STEPS / taken["rest_s"]
         found.append(Run(answer.artifact, answer.round, answer.prompt, taken["first_s"], speed, differs, answer.bandwidth))
     return tuple(found)
-
-
-def prompt(length: int, vocabulary: int) -> list[int]:
-    """Return a prompt of random tokens, the same each time."""
-    chosen = random.Random(length)
-    return [chosen.randrange(vocabulary) for _ in range(length)]
-
-
-def rotated(names: Sequence[str], number: int) -> list[str]:
-    """Return the names in their order, beginning with another one in each round."""
-    start = number % len(names)
-    return [*names[start:], *names[:start]]
 
 
 def tell(shape: str, answer: Answer) -> None:

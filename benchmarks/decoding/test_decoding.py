@@ -19,10 +19,11 @@ from benchmarks.decoding.artifacts import ONNX_RUNTIME, code_digest
 from benchmarks.decoding.engines.onnx_runtime import Engine
 from benchmarks.decoding.loop import decode
 from benchmarks.decoding.profile import nodes_of_last_run
-from benchmarks.decoding.rounds import Answer, prompt, rotated, runs, turns
+from benchmarks.decoding.rounds import Answer, runs, turns
 from benchmarks.decoding.run import parse, shown_command
 from benchmarks.decoding.tables import Artifact, Measured, Run, figures, first_difference, ratios
 from benchmarks.decoding.worker import Failed, Worker
+from calque.bench import prompt, rotated
 
 MB = 10**6
 VOCABULARY = 97

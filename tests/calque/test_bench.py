@@ -221,7 +221,7 @@ def test_one_new_token_has_no_rate(tmp_path: Path, rates: list[int]) -> None:
 def test_prompts_are_the_same_each_time_and_rounds_begin_with_another() -> None:
     assert prompt(128, 50) == prompt(128, 50)
     assert set(prompt(512, 50)) == set(range(50))
-    assert [rotated(3, number) for number in (0, 1, 5)] == [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
+    assert [rotated(range(3), number) for number in (0, 1, 5)] == [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
 
 
 @pytest.mark.parametrize("threads", [0, 2])

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
 from calque import passes
+from calque.choices import NARROW, NarrowType
 from calque.errors import UsageError
 from calque.passes import Pass
-from calque.passes.cast_precision import NARROW, CastPrecision, NarrowType
+from calque.passes.cast_precision import CastPrecision
 from calque.targets.onnxruntime import OnnxRuntime
 from calque.traced import TracedModel
 from calque.weights import Derived, Weight
