@@ -79,6 +79,12 @@ class Proof:
     execution: Check = NOT_RUN
     failures: tuple[str, ...] = ()
 
+    def joined(self, as_it_is: Proof) -> Proof:
+        """Return this proof, of numerics without rounded activations, with that of the artifact as it is; a failure of either counts."""
+        failed = as_it_is.numerics.status == "failed" and self.numerics.status != "failed"
+        numerics = as_it_is.numerics if failed else self.numerics
+        return Proof(numerics, as_it_is.build, as_it_is.execution, (*self.failures, *as_it_is.failures))
+
     def raise_if_failed(self) -> None:
         """Leave quietly unless a check failed.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int8-static", "int4", "fp8"]
 Logits = Literal["all", "last", "dynamic"]
@@ -19,5 +19,7 @@ REPORT_FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
 
 # The precisions that are a narrower type than float32, and that type as torch calls it.
 NARROW: dict[str, NarrowType] = {"fp16": "float16", "bf16": "bfloat16"}
+# The precisions whose weights are integers: what makes them so of the pass that does.
+QUANTIZED: dict[str, dict[str, Any]] = {"int8": {"bits": 8, "group": 0}, "int4": {"bits": 4, "group": 32}}
 # More threads than any machine has cores: a number past it is a mistake, and each takes memory.
 MOST_THREADS = 512

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from calque.packing import unpacked_weight
+from calque.quantization import dequantize
+
 
 def visible(key_mask: Tensor, past: int, queries: int, keys: int, kind: str, window: int) -> Tensor:
     """Return which keys each query may see, by true positions: bool [B, 1, Q, K].
@@ -239,6 +242,49 @@ def join_heads(x: Tensor) -> Tensor:
 @join_heads.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1], x.shape[2] * x.shape[3])
+
+
+@torch.library.custom_op("calque::dequantize_weight", mutates_args=())
+def dequantize_weight(q: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, axis: int, group: int) -> Tensor:
+    """Return (q - zero_point) · scale, float32 [out, in]: what integers of so many bits stand for.
+
+    q int8 [out, in], signed and unpacked; scale float32 and zero_point int8 [out, in / group]: groups lie along ``axis``, which is
+    1; ``group`` 0 is a whole row.
+    """
+    return dequantize(q, scale, zero_point, group)
+
+
+@dequantize_weight.register_fake
+def _(q: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, axis: int, group: int) -> Tensor:
+    return scale.new_empty(q.shape)
+
+
+@torch.library.custom_op("calque::packed_linear", mutates_args=())
+def packed_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, bits: int, group: int, size: int
+) -> Tensor:
+    """Return x · weightᵀ + bias, x [..., size], of a weight whose integers are packed as ``pack`` does, [out, groups, bytes].
+
+    scale float32 [out, groups]; zero_point uint8 [out, bytes], packed as well.
+    """
+    weight = unpacked_weight(packed, scale, zero_point, bits, group)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@packed_linear.register_fake
+def _(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, bits: int, group: int, size: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+@torch.library.custom_op("calque::packed_embedding", mutates_args=())
+def packed_embedding(ids: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group: int, size: int) -> Tensor:
+    """Return the rows, [..., size], that ids ask for of a table whose integers are packed as those of ``packed_linear``."""
+    return unpacked_weight(packed, scale, zero_point, bits, group)[ids]
+
+
+@packed_embedding.register_fake
+def _(ids: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group: int, size: int) -> Tensor:
+    return scale.new_empty(*ids.shape, size)
 
 
 @torch.library.custom_op("calque::mask_bias", mutates_args=())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
-from calque import passes, pipeline, targets, tasks
+from calque import conversion, passes, targets, tasks
 from calque.errors import RecipeError, Unsupported, UsageError
 from calque.recipe import Recipe
 from calque.recipe_errors import Problem
@@ -59,7 +59,7 @@ def _passes(recipe: Recipe) -> Iterator[Problem]:
     if found or recipe.target not in targets.names():
         return
     try:
-        passes.check_order(pipeline.plan_of(recipe, targets.make(recipe.target, {})))
+        passes.check_order(conversion.plan_of(recipe, targets.make(recipe.target, {})))
     except UsageError as error:
         yield ("passes",), "; ".join((error.what, *error.where))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from calque import pipeline, plugins, tokenizer
+from calque import conversion, pipeline, plugins, tokenizer
 from calque.artifact import Artifact, file_sha256
 from calque.companions import CONFIG, companion_files
 from calque.errors import ArtifactUnreadable
@@ -57,7 +57,7 @@ def _proof(recipe: Recipe, artifact: Artifact) -> Iterator[str]:
 
 def _source(recipe: Recipe, artifact: Artifact) -> list[str]:
     with TemporaryDirectory(prefix="calque-resume-") as scratch:
-        source = pipeline.resolve(recipe, Path(scratch))
+        source = conversion.resolve(recipe, Path(scratch))
         if recipe.trust_remote_code and getattr(source.config, "auto_map", None):
             return ["the model runs code of its own, which the manifest does not hold"]
         described = source.describe()

@@ -7,7 +7,7 @@ parameters, inputs and outputs, so that the program's signature, the weight tabl
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +44,8 @@ class TracedModel:
     limits: Limits
     settled: bool = False
     trained_length: int | None = None
+    # Parameters of the untouched model that a pass gave other values: by name, what it would hold to compute the same.
+    replaced: dict[str, Weight] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
@@ -272,7 +274,9 @@ class TracedModel:
         program._module_call_graph = entries
         program._state_dict = dict(self.program.state_dict)
         program._constants = dict(self.program.constants)
-        return replace(self, program=program, weights=replace(self.weights, entries=dict(self.weights.entries)))
+        return replace(
+            self, program=program, weights=replace(self.weights, entries=dict(self.weights.entries)), replaced=dict(self.replaced)
+        )
 
 
 def source_of(node: Node) -> tuple[str, str]:

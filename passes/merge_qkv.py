@@ -9,6 +9,7 @@
             %both, %v = split(linear(%x, %w, %b))
             %q, %k = split(calque.flat_rotary(calque.flat_rms_norm(%both, …), …))
             calque.grouped_attention(%q, %k, %v, …)
+            of weights that are integers, those, their scales and zero points are stacked each for themselves
     left    queries that are normed or turned in another way than keys; weights that something else reads too
 
 The operator takes the three beside each other as they come out, so nothing is cut apart again unless it was changed on the way.
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 COUNTS = {2: "two", 3: "three"}
 flat_rotary = torch.ops.calque.flat_rotary.default
 flat_rms_norm = torch.ops.calque.flat_rms_norm.default
+dequantize_weight = torch.ops.calque.dequantize_weight.default
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,10 @@ def _piece(part: Any) -> tuple[Node | None, int]:
 
 
 def projections(parts: Sequence[Any], called: str, names: dict[Node, str], model: TracedModel) -> tuple[Node, list[Node], list[Node]] | str:
-    """Return what all parts project, their weights and their biases; or why they cannot be one product."""
+    """Return what all parts project, their weights and their biases; or why they cannot be one product.
+
+    Weights are parameters, or integers that are made numbers, alike in all parts.
+    """
     if not all(calls(part, aten.linear.default) and len(part.users) == 1 for part in parts):
         return f"its {called} are not {COUNTS[len(parts)]} products as they come out"
     if len({part.args[0] for part in parts}) > 1:
@@ -155,16 +160,36 @@ def projections(parts: Sequence[Any], called: str, names: dict[Node, str], model
     biases = [part.args[2] for part in parts if len(part.args) > 2 and part.args[2] is not None]
     if len(biases) not in (0, len(parts)):
         return "some of its products have a bias, and some have none"
-    if any(node not in names or len(node.users) > 1 or model.weights.tied(names[node]) for node in (*weights, *biases)):
+    if len({_stored_alike(weight) for weight in weights}) > 1:
+        return "its weights are stored in different ways"
+    held = [node for weight in weights for node in (weight, *_integers(weight))]
+    if any(len(node.users) > 1 or (node in names and model.weights.tied(names[node])) for node in (*held, *biases)):
         return "its weights are tied, or read by other operators too"
+    if any(node not in names for node in (*biases, *(part for weight in weights for part in _integers(weight) or [weight]))):
+        return "its weights are computed"
     return parts[0].args[0], weights, biases
+
+
+def _integers(weight: Any) -> list[Node]:
+    """Return the parameters of a weight that is stored as integers: those, their scales, their zero points."""
+    return [part for part in weight.args[:3] if part is not None] if calls(weight, dequantize_weight) else []
+
+
+def _stored_alike(weight: Any) -> tuple[Any, ...]:
+    """Return what must be the same of weights that are stacked; nothing of those that are numbers."""
+    return (len(_integers(weight)), *weight.args[3:]) if calls(weight, dequantize_weight) else ()
 
 
 def merged(model: TracedModel, names: dict[Node, str], found: tuple[Node, list[Node], list[Node]], ending: str) -> Node:
     """Return one product, at the graph's insertion point, that gives those found one after the other."""
     value, weights, biases = found
-    stacked = [_stack(model, names, nodes, ending) for nodes in (weights, biases) if nodes]
-    return call(model.graph, aten.linear.default, value, *stacked)
+    rows = [_integers(weight) or [weight] for weight in weights]
+    stacked = [_stack(model, names, nodes, ending) for nodes in zip(*rows, strict=True)]
+    if calls(weights[0], dequantize_weight):
+        zero_point = stacked[2] if len(stacked) == 3 else None
+        stacked = [call(model.graph, dequantize_weight, *stacked[:2], zero_point, *weights[0].args[3:])]
+    bias = [_stack(model, names, biases, ending)] if biases else []
+    return call(model.graph, aten.linear.default, value, *stacked, *bias)
 
 
 def _stack(model: TracedModel, names: dict[Node, str], parameters: Sequence[Node], ending: str) -> Node:

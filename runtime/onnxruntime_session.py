@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,6 +81,10 @@ class OnnxRuntimeSession:
             raise UsageError(f"the artifact has no graph {graph!r}", fix=f"it has {', '.join(self.artifact.graphs)}")
         return spec
 
+    def model(self, path: Path) -> str | bytes:
+        """Return what ONNX Runtime opens: the file, or its bytes changed."""
+        return os.fspath(path)
+
     def _load(self, spec: GraphSpec) -> Any:
         try:
             import onnxruntime
@@ -92,8 +97,10 @@ class OnnxRuntimeSession:
         # What it says goes to stderr past Python's logging; what matters comes back as an exception.
         options.log_severity_level = 4
         options.intra_op_num_threads = self.threads
+        # Where weights lie beside a graph that is given as bytes.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(path.parent))
         try:
-            session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(self.model(path), options, providers=["CPUExecutionProvider"])
         except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
             fix = "run it where ONNX Runtime has such kernels, as on CUDA"
             raise TargetUnavailable(f"ONNX Runtime's CPU lacks a kernel that {path} needs: {_text(error)}", fix=fix) from error

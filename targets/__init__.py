@@ -102,6 +102,20 @@ class Finishes(Protocol):
         ...
 
 
+@runtime_checkable
+class Rounds(Protocol):
+    """A target whose artifacts may round activations to integers, as its runtime does and the graph does not say."""
+
+    def exact(self, artifact: Artifact, threads: int = 0) -> Session | None:
+        """Return a session over the same files that rounds no activations; None where the artifact rounds none."""
+        ...
+
+
+def exact(target: Target, artifact: Artifact, threads: int = 0) -> Session | None:
+    """Return a session over the artifact's files that rounds no activations; None where the artifact rounds none."""
+    return target.exact(artifact, threads) if isinstance(target, Rounds) else None
+
+
 def layouts(target: Target, precision: str) -> tuple[str, ...]:
     """Return the layouts that the target can give its folder."""
     return target.layouts(precision) if isinstance(target, Finishes) else ("flat",)

@@ -89,6 +89,19 @@ def grouped_attention(
     )
 
 
+def packed_linear(x: Any, packed: Any, scale: Any, zero_point: Any, bias: Any, bits: int, group: int, size: int) -> Any:
+    """Return ``MatMulNBits``, which by itself computes with what it is given; see ``targets/_activations.py`` for the other way."""
+    out = packed.shape[0]
+    return contrib("MatMulNBits", [x, packed, scale, zero_point, None, bias], bits=bits, block_size=group, K=size, N=out)
+
+
+def packed_embedding(ids: Any, packed: Any, scale: Any, zero_point: Any, bits: int, group: int, size: int) -> Any:
+    """Return ``GatherBlockQuantized`` of the bytes that a product reads too, which lie in three axes: a group's scale is one of its row."""
+    scale = op.Unsqueeze(scale, ints(2))
+    rows = contrib("GatherBlockQuantized", [packed, ids, scale, zero_point], bits=bits, block_size=group, gather_axis=0, quantize_axis=2)
+    return op.Reshape(rows, ints(0, 0, size))
+
+
 CONTRIB: Table = {
     **STANDARD,
     torch.ops.calque.grouped_attention.default: grouped_attention,
@@ -97,6 +110,8 @@ CONTRIB: Table = {
     torch.ops.calque.add_rms_norm.default: add_rms_norm,
     torch.ops.calque.add_layer_norm.default: add_layer_norm,
     torch.ops.calque.quick_gelu.default: quick_gelu,
+    torch.ops.calque.packed_linear.default: packed_linear,
+    torch.ops.calque.packed_embedding.default: packed_embedding,
     torch.ops.aten.silu.default: quick_gelu,
     torch.ops.aten.linear.default: linear,
 }

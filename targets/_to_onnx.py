@@ -30,7 +30,15 @@ if TYPE_CHECKING:
 
 OPSET = 23
 ASSERTIONS = {torch.ops.aten._assert_scalar.default, torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_async.msg}
-DTYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
+DTYPES = {
+    "float32": "FLOAT",
+    "float16": "FLOAT16",
+    "bfloat16": "BFLOAT16",
+    "int64": "INT64",
+    "int32": "INT32",
+    "bool": "BOOL",
+    "uint8": "UINT8",
+}
 
 
 @cache

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from calque.artifact import Artifact, GraphSpec
-from calque.choices import NARROW
+from calque.choices import NARROW, QUANTIZED
 from calque.errors import TargetUnavailable
 from calque.passes import Pass
 from calque.targets import Emitted, Problem, package_rows
@@ -39,6 +39,7 @@ class OnnxRuntime:
 
     ``padding``: where a row of a batch may have some. ``right`` and ``none`` let attention turn queries and keys by itself.
     ``cache``: ``dynamic`` grows from call to call, ``static`` is slots that are written in place, ``dims.max_length`` of them.
+    ``activations``: what int4 and int8 multiply: values rounded to 8 bits, group by group, or float32 as they are.
     ``arithmetic``: what fp16 and bf16 compute in: their own type, or float32 with weights alone stored in theirs.
     """
 
@@ -46,6 +47,7 @@ class OnnxRuntime:
     padding: Literal["any", "right", "none"] = "any"
     cache: Literal["dynamic", "static"] = "dynamic"
     arithmetic: Literal["narrow", "float32"] = "narrow"
+    activations: Literal["int8", "float32"] = "int8"
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
@@ -55,7 +57,7 @@ class OnnxRuntime:
             raise ValueError("padding: none belongs to cache: dynamic; slots take padding on the right")
 
     name: ClassVar[str] = "onnxruntime"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "bf16")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "bf16", "int8", "int4")
 
     def passes(self, precision: str) -> tuple[Pass, ...]:
         """Return the passes of this target, in order."""
@@ -70,17 +72,22 @@ class OnnxRuntime:
         from calque.passes.fuse_rms_norm import FuseRmsNorm
         from calque.passes.fuse_rotary import FuseRotary
         from calque.passes.merge_qkv import MergeQkv
+        from calque.passes.pack_weights import PackWeights
+        from calque.passes.quantize_weights import QuantizeWeights
         from calque.passes.simplify_shapes import SimplifyShapes
         from calque.passes.transpose_linear import TransposeLinear
 
         # Last: casts would stand between what the others look for, and tables that they make are weights too.
         cast = (CastPrecision(NARROW[precision], self.arithmetic),) if precision in NARROW else ()
+        quantize = (QuantizeWeights(**QUANTIZED[precision]),) if precision in QUANTIZED else ()
+        pack = (PackWeights(),) if quantize else ()
         cache = CacheStatic() if self.cache == "static" else CacheDynamic()
         if self.operators == "standard":
             # What follows, in operators of the standard.
             written = (FuseGelu(), FuseRmsNorm(), FuseLayerNorm(), FuseRotary())
             return (DropZeroBias(), *written, cache, SimplifyShapes(), TransposeLinear(), *cast)
         joined = (
+            *quantize,  # first, while parameters have the names of the checkpoint
             DropZeroBias(),  # an addition less for each
             FuseGelu(),  # up to eight operators an activation become one
             FuseRmsNorm(),  # five operators a norm become one
@@ -89,13 +96,14 @@ class OnnxRuntime:
             FuseResidualNorm(),  # a norm reads the sum before it once
         )
         if self.cache == "static":
-            return (*joined, cache, SimplifyShapes(), TransposeLinear(), *cast)  # the standard's attention reads slots
+            return (*joined, cache, SimplifyShapes(), *pack, TransposeLinear(), *cast)  # the standard's attention reads slots
         return (
             *joined,
             cache,  # past in, present out: the convention of every ONNX Runtime consumer
             FuseGroupedAttention(self.padding),  # the cache is grown where it is read, not copied before
             MergeQkv(),  # one product where three read the same values
             SimplifyShapes(),  # what is left of shapes, mostly of models whose attention is their own
+            *pack,  # the operators read bytes
             TransposeLinear(),  # MatMul reads [in, out]; a transposed constant would be copied when the session loads
             *cast,
         )
@@ -108,9 +116,17 @@ class OnnxRuntime:
 
     def lower(self, model: TracedModel) -> ir.Model:
         """Return the ONNX model; its weights are still where the checkpoint has them."""
-        from calque.targets import _to_onnx
+        import onnx_ir as ir
 
-        return _to_onnx.to_onnx(model, self._table())
+        from calque.targets import _to_onnx
+        from calque.targets._exact import LEVEL, ROUNDED
+
+        lowered = _to_onnx.to_onnx(model, self._table())
+        if self.activations == "int8":
+            for node in lowered.graph:
+                if node.op_type == "MatMulNBits":
+                    node.attributes[LEVEL] = ir.AttrInt64(LEVEL, ROUNDED)
+        return lowered
 
     def _table(self) -> Table:
         from calque.targets import _contrib, _standard
@@ -157,6 +173,12 @@ class OnnxRuntime:
                         fix="run it where ONNX Runtime has them, as on CUDA, or set arithmetic: float32",
                     )
         return OnnxRuntimeSession(artifact, threads)
+
+    def exact(self, artifact: Artifact, threads: int = 0) -> Session | None:
+        """Return a session over the artifact that rounds no activations; None where it rounds none itself."""
+        from calque.targets._exact import ExactSession
+
+        return ExactSession(artifact, threads) if artifact.precision in QUANTIZED and self.activations == "int8" else None
 
     def doctor(self) -> list[tuple[str, str, str]]:
         """Return the packages that emitting and running take."""

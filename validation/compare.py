@@ -29,6 +29,8 @@ RANKED = "logits"
 STEP = 64
 # How the reason begins where the session gave no answer at all.
 SESSION_FAILED = "the session failed"
+# How the name of a row ends whose session rounds no activations, where the artifact itself does.
+EXACT = ", activations exact"
 
 
 @dataclass
@@ -110,7 +112,7 @@ def compare(session: Session, io: ModelIO, scenario: Scenario, references: Mappi
     Raises:
         TargetUnavailable: the session's runtime is not here after all.
     """
-    row = tolerance(io.dtype)
+    row = tolerance(io.arithmetic)
     begun = time.perf_counter()
     if scenario.not_run:
         return _result(scenario, None, "not_run", scenario.not_run, 0.0, row.limit(io.layers))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calque.artifact import NUM_LOGITS_TO_KEEP, TensorSpec
-from calque.choices import NARROW
+from calque.choices import NARROW, QUANTIZED
 from calque.errors import ParityFailed, UsageError
 from calque.states import StateSpec
 from calque.validation.scenarios import PAD, Scenario, calls, pad
@@ -34,6 +34,7 @@ class ModelIO:
     """What the driver must know of a graph; the stages of one conversion share it.
 
     ``outputs`` are those that are no states. ``depth``: how many layers the config says the model has.
+    ``rounded``: the session rounds activations to 8 bits.
     """
 
     graph: str
@@ -43,10 +44,11 @@ class ModelIO:
     depth: int = 1
     pad_id: int = 0
     precision: str = "fp32"
+    rounded: bool = False
 
     @classmethod
-    def of(cls, artifact: Artifact) -> ModelIO:
-        """Return the IO of the artifact's graph.
+    def of(cls, artifact: Artifact, exact: bool = False) -> ModelIO:
+        """Return the IO of the artifact's graph; with ``exact`` of a session that rounds no activations.
 
         Raises:
             UsageError: the artifact has several graphs.
@@ -57,6 +59,7 @@ class ModelIO:
         kept = {state.output for state in artifact.states}
         config = _config_of(artifact.folder)
         pad_id = config.get("pad_token_id")
+        options = artifact.recipe.get("options", {})
         return cls(
             name,
             graph.inputs,
@@ -66,8 +69,14 @@ class ModelIO:
             # Some encoders know padding by its token; a generator sees the mask alone.
             pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0,
             # Weights alone are of that precision where an option says that all is computed in float32.
-            "fp32" if artifact.recipe.get("options", {}).get("arithmetic") == "float32" else artifact.precision,
+            "fp32" if options.get("arithmetic") == "float32" else artifact.precision,
+            not exact and artifact.precision in QUANTIZED and options.get("activations", "int8") == "int8",
         )
+
+    @property
+    def arithmetic(self) -> str:
+        """What products are computed in: the row of the table of limits."""
+        return "int8" if self.rounded else self.dtype
 
     @property
     def layers(self) -> int:

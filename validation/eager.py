@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from calque.artifact import TensorSpec
+    from calque.weights import Weight
 
 
 @contextmanager
@@ -50,6 +51,16 @@ def in_precision(model: torch.nn.Module, precision: str) -> torch.nn.Module:
         with torch.no_grad():
             for parameter in model.parameters():  # tied ones once; buffers are no weights
                 parameter.copy_(parameter.to(narrow))
+    return model
+
+
+def with_weights(model: torch.nn.Module, replaced: Mapping[str, Weight]) -> torch.nn.Module:
+    """Return the model with other values in those of its parameters that are named, one read at a time."""
+    import torch
+
+    with torch.no_grad():
+        for name, weight in replaced.items():
+            model.get_parameter(name).copy_(weight.read())
     return model
 
 

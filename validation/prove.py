@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from calque.artifact import NOT_RUN, Artifact, Check, Proof
-from calque.validation.compare import SESSION_FAILED, Row, compare
+from calque.validation.compare import EXACT, SESSION_FAILED, Row, compare
 from calque.validation.drive import ModelIO
 
 if TYPE_CHECKING:
@@ -25,12 +25,18 @@ def prove(
     scenarios: Sequence[Scenario],
     references: Mapping[str, Mapping[str, Reference]],
     progress: Callable[[Row], None] | None = None,
+    *,
+    exact: bool = False,
 ) -> tuple[Proof, list[Row]]:
-    """Return the proof and one row a scenario; ``progress`` is called with each row as it is done."""
-    io = ModelIO.of(artifact)
+    """Return the proof and one row a scenario; ``progress`` is called with each row as it is done.
+
+    ``exact``: the session rounds no activations, though the artifact does.
+    """
+    io = ModelIO.of(artifact, exact)
     rows = []
     for scenario in scenarios:
-        rows.append(compare(session, io, scenario, references.get(scenario.name)))
+        row = compare(session, io, scenario, references.get(scenario.name))
+        rows.append({**row, "name": row["name"] + EXACT} if exact else row)
         if progress:
             progress(rows[-1])
     failures = tuple(f"{row['name']}: {row['reason']}" for row in rows if row["status"] == "failed")

@@ -35,7 +35,7 @@ ALLOWED = {
 # `calque validate` opens the artifact it checks; nothing else of validation/ knows where sessions come from.
 EXCEPTIONS = {("calque.validation.validate", "calque.runtime")}
 # Modules that join the folders; the public names of calque/__init__.py live in several of them.
-JOINING = {"calque", "calque.pipeline", "calque.cli", "calque.commands", "calque.conformance"}
+JOINING = {"calque", "calque.pipeline", "calque.conversion", "calque.cli", "calque.commands", "calque.conformance"}
 # They call the pipeline, or look up what passes, targets and scenarios there are.
 JOINING |= {"calque.convert_command", "calque.recipe_names", "calque.resume"}
 # It holds an artifact open by the runtime.

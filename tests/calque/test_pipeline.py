@@ -18,6 +18,7 @@ import torch
 
 from calque import passes, pipeline
 from calque.artifact import MANIFEST, REPORT, Artifact, Check, Proof
+from calque.conversion import Conversion, open_target
 from calque.errors import ParityFailed, RecipeError, TargetUnavailable, Unsupported, UsageError
 from calque.passes import Rewrites
 from calque.passes.cache_dynamic import CacheDynamic
@@ -229,8 +230,8 @@ def test_plan_says_what_would_come_out_and_keeps_nothing(converted: Artifact, tm
 
 
 def test_stages_for_the_search_are_the_trace_each_pass_and_the_target(converted: Artifact) -> None:
-    asked, target = recipe(), pipeline.open_target(recipe())
-    stages = list(pipeline.sessions(asked, target, source_of("llama"), converted))
+    asked, target = recipe(), open_target(recipe())
+    stages = list(Conversion(asked, target, source_of("llama")).stages(converted))
     assert [stage.name for stage in stages] == ["trace", *(passes.name_of(step) for step in target.passes("fp32")), "onnxruntime"]
 
 
@@ -271,7 +272,7 @@ def test_killed_conversion_leaves_no_half_artifact_and_the_older_one_whole(stage
 
 def test_nothing_is_written_where_nothing_could_be_proved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_artifact(tmp_path / "out", "old")
-    monkeypatch.setattr(pipeline, "scenarios_of", lambda *_: [])
+    monkeypatch.setattr(Conversion, "scenarios", lambda *_: [])
     with pytest.raises(Unsupported, match="nothing could be proved, so nothing was written"):
         pipeline.convert(recipe(), tmp_path / "out", force=True)
     assert content(tmp_path / "out") == "old"
@@ -281,12 +282,12 @@ def test_nothing_is_written_where_nothing_could_be_proved(monkeypatch: pytest.Mo
 def test_logits_cut_twice_are_refused() -> None:
     asked = recipe(logits="dynamic", passes=["cache_dynamic", {"keep_last_logits": {"keep": "last"}}])
     with pytest.raises(UsageError, match="both cut the logits"):
-        pipeline.open_target(asked)
+        open_target(asked)
 
 
 def test_value_that_an_option_cannot_take_is_refused() -> None:
     with pytest.raises(RecipeError, match="pass keep_last_logits cannot take these options"):
-        pipeline.open_target(recipe(passes=["cache_dynamic", {"keep_last_logits": {"keep": "banana"}}]))
+        open_target(recipe(passes=["cache_dynamic", {"keep_last_logits": {"keep": "banana"}}]))
 
 
 def test_plan_of_random_weights_draws_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

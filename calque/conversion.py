@@ -1,0 +1,221 @@
+"""What a recipe, its target and its source say together: which passes run, what is traced, what must be proved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calque import converters, passes, sentence, targets
+from calque.errors import TargetUnavailable, Unsupported, UsageError
+from calque.recipe import Recipe, unbuilt_settings
+from calque.source import ModelSource
+from calque.targets import Target
+from calque.tasks import POOLED
+from calque.traced import TracedModel
+from calque.validation import scenarios
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from calque.artifact import Artifact, Limits
+    from calque.passes import Pass
+    from calque.session import Session
+    from calque.states import StateSpec
+    from calque.validation.bisect import Stage
+    from calque.validation.reference import Reference
+    from calque.validation.scenarios import Scenario
+    from calque.weights import Weight
+
+Rows = list[dict[str, Any]]
+
+
+def open_target(recipe: Recipe) -> Target:
+    """Return the target with the recipe's options.
+
+    Raises:
+        UsageError: no such target, no such option, or a scenario that no model has.
+        Unsupported: settings that this version, or the target, cannot follow.
+    """
+    target = targets.make(recipe.target, recipe.options)
+    if recipe.parity.scenarios != "all" and (unknown := scenarios.unknown(recipe.parity.scenarios)):
+        lines = [f"{name}{hint}" for name, hint in unknown.items()]
+        raise UsageError("no model has these scenarios", lines, "parity: {scenarios: all} runs those that the model has")
+    refused = unbuilt_settings(recipe)
+    if recipe.precision not in target.precisions:
+        refused.append(f"precision: {recipe.precision}  {recipe.target} has {', '.join(target.precisions)}")
+    if recipe.layout not in (layouts := targets.layouts(target, recipe.precision)):
+        refused.append(f"layout: {recipe.layout}  {recipe.target} in {recipe.precision} has {', '.join(layouts)}")
+    if refused:
+        raise Unsupported("the recipe asks for what this version cannot do", list(dict.fromkeys(refused)), "change these settings")
+    passes.check_order(plan_of(recipe, target))
+    if recipe.passes is not None:
+        passes.check_precision(recipe.precision, passes.read_plan(recipe.passes), target.passes(recipe.precision))
+        if silent := targets.deciding_passes(recipe.target, recipe.options, recipe.precision):
+            raise UsageError("options that choose passes do nothing beside a list of passes", silent, "leave one of the two out")
+    return target
+
+
+def use_threads(recipe: Recipe) -> None:
+    """Make torch use as many threads as the recipe says, where it says so."""
+    if recipe.threads:
+        import torch
+
+        torch.set_num_threads(recipe.threads)
+
+
+def resolve(recipe: Recipe, scratch: Path, values: bool = True) -> ModelSource:
+    """Return the source the recipe names; its headers are read, its tensors are not, nor drawn if they are random, without ``values``."""
+    return ModelSource.resolve(
+        recipe.model,
+        task=recipe.task,
+        random_weights=recipe.random_weights,
+        trust_remote_code=recipe.trust_remote_code,
+        scratch=scratch,
+        values=values,
+    )
+
+
+def plan_of(recipe: Recipe, target: Target, source: ModelSource | None = None) -> tuple[Pass, ...]:
+    """Return the passes: the recipe's, or else the target's; before them those that the recipe or the source ask for by themselves."""
+    listed = target.passes(recipe.precision) if recipe.passes is None else passes.read_plan(recipe.passes)
+    names = [passes.name_of(rewrite) for rewrite in listed]
+    first: list[Pass] = []
+    if recipe.logits != "all":
+        if "keep_last_logits" in names:
+            raise UsageError(f"logits: {recipe.logits} and the pass keep_last_logits both cut the logits", fix="leave one of them out")
+        first.append(passes.load("keep_last_logits", {"keep": recipe.logits}))
+    if source and source.task.name == POOLED and "pool_sentences" not in names:
+        first.append(passes.load("pool_sentences", sentence.read_pooling(source.folder)))
+    return (*first, *listed)
+
+
+@dataclass
+class Conversion:
+    """One recipe on the way to its artifact.
+
+    ``replaced``: parameters of the untouched model that passes gave other values, as the last `rewritten` model says.
+    """
+
+    recipe: Recipe
+    target: Target
+    source: ModelSource
+    replaced: dict[str, Weight] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> tuple[Pass, ...]:
+        """The passes, in order."""
+        return plan_of(self.recipe, self.target, self.source)
+
+    def trace(self) -> TracedModel:
+        """Return the traced model, its ledger balanced, its limits those of the recipe too."""
+        model = converters.load(self.source.task)(self.source)
+        model.weights.check()
+        model.limits = self.bounded(model.limits)
+        return model
+
+    def rewrite(self, model: TracedModel) -> dict[str, passes.Rewrites]:
+        """Return what each pass did to the traced model and left alone, by name."""
+        done = passes.run_all(self.plan, model)
+        self.replaced = model.replaced
+        return done
+
+    def bounded(self, limits: Limits) -> Limits:
+        """Return the limits with the recipe's own ``max_length``, if that is the smaller."""
+        lengths = [length for length in (limits.max_length, self.recipe.dims.max_length) if length]
+        return replace(limits, max_length=min(lengths, default=None))
+
+    def shortened(self, limits: Limits) -> str:
+        """Return the sentence that says that the artifact takes less than the recipe asks for; nothing where it takes as much."""
+        asked, got = self.recipe.dims.max_length, limits.max_length
+        return f"The recipe asks for a max_length of {asked}, the model ends at {got}." if asked and got and got < asked else ""
+
+    def eager(self) -> Module:
+        """Return the untouched eager model, computing in float32, with weights of the recipe's precision."""
+        from calque.validation.eager import in_precision, with_weights
+
+        return with_weights(in_precision(self.source.load_eager(), self.recipe.precision), self.replaced)
+
+    def scenarios(self, limits: Limits, states: tuple[StateSpec, ...]) -> list[Scenario]:
+        """Return the scenarios that the recipe chooses among those that fit an artifact of these limits and states.
+
+        Raises:
+            UsageError: a name that is no scenario of this artifact.
+        """
+        config = self.source.config.get_text_config()
+        special = {value for name, value in config.to_dict().items() if name.endswith("token_id") and isinstance(value, int)}
+        windows = {state.window for state in states if state.window}
+        if not states and (window := config.to_dict().get("sliding_window")):
+            windows = {window}
+        built = scenarios.build(
+            limits,
+            config.vocab_size,
+            excluded=special,
+            windows=windows,
+            max_positions=getattr(config, "max_position_embeddings", None),
+            cached=bool(states),
+            in_slots=any(state.update == "in_place" for state in states),
+        )
+        wanted = self.recipe.parity.scenarios
+        if wanted == "all":
+            return built
+        names = [scenario.name for scenario in built]
+        if unknown := sorted(set(wanted) - set(names)):
+            raise UsageError(f"no scenario is called {', '.join(unknown)}", fix=f"scenarios of this model: {', '.join(names)}")
+        return [scenario for scenario in built if scenario.name in wanted]
+
+    def open_or_stand_in(self, artifact: Artifact) -> tuple[Session, str]:
+        """Return a session over the artifact; or over the graph that it was written from, and why the artifact cannot be run here."""
+        from calque.runtime.limits import check_limits
+        from calque.traced_session import TracedSession
+
+        try:
+            return self.target.open(artifact, self.recipe.threads), ""
+        except TargetUnavailable as error:
+            why = error.what
+        model = self.trace()
+        passes.run(self.plan, model)
+        return TracedSession(model, partial(check_limits, artifact.limits)), why
+
+    def first_divergence(
+        self, artifact: Artifact, chosen: list[Scenario], expected: dict[str, dict[str, Reference]], rows: Rows
+    ) -> list[str]:
+        """Return a line that names the first stage and the first layer that diverge, for the first scenario that failed."""
+        from calque.validation.bisect import bisect
+        from calque.validation.compare import EXACT
+        from calque.validation.eager import eager_states
+
+        failed = next(row["name"].removesuffix(EXACT) for row in rows if row["status"] == "failed")
+        scenario = next(scenario for scenario in chosen if scenario.name == failed)
+        if scenario.refuse:
+            return []
+        eager = self.eager()
+        stages = list(self.stages(artifact))
+        found = bisect(stages, scenario, expected[failed], lambda tokens: eager_states(eager, tokens))
+        return [f"{failed} {found.text}"] if found else []
+
+    def stages(self, artifact: Artifact) -> Iterator[Stage]:
+        """Yield every stage of the conversion as something that runs: the trace, the graph after each pass, the artifact."""
+        from calque.traced_session import TracedSession
+        from calque.validation.bisect import Stage
+        from calque.validation.drive import ModelIO
+
+        io = ModelIO.of(artifact, exact=True)
+
+        def stage(name: str, model: TracedModel) -> Stage:
+            # Inputs and states are those of the layout that the cache has so far, judged as the artifact is.
+            states = tuple(replace(state, dtype=io.dtype) for state in model.states)
+            return Stage(name, lambda: TracedSession(model), replace(io, inputs=model.inputs, states=states))
+
+        model = self.trace()
+        if not self.replaced:
+            yield stage("trace", model.copy())
+        for rewrite in self.plan:
+            passes.run_one(rewrite, model)
+            # Before its weights are replaced the graph is that of another model.
+            if bool(self.replaced) == bool(model.replaced):
+                yield stage(passes.name_of(rewrite), model.copy())
+        threads = self.recipe.threads
+        yield Stage(self.recipe.target, lambda: targets.exact(self.target, artifact, threads) or self.target.open(artifact, threads), io)

@@ -1,0 +1,188 @@
+"""Weights as integers: how numbers become them, and numbers again. Tensors alone; graphs are the passes' business.
+
+A weight is [out, in]. Its integers are signed, unpacked and of the same shape, int8 whatever their bits; each group of
+``group`` neighbours along ``in`` has a scale, and a zero point where they are asymmetric:
+
+    weight = (q - zero_point) * scale        q in [-2^(bits-1), 2^(bits-1) - 1]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from calque.weights import Derived, Weight
+
+Bits = Literal[4, 8]
+Part = Literal["q", "scale", "zero_point"]
+
+# The shortest group that runtimes have kernels for.
+SHORTEST_GROUP = 16
+# By how much the range of a group is narrowed, to see whether finer steps win more than what is clipped loses.
+NARROWER = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+# Elements that are searched at a time: what is made of them fits the second cache of a processor.
+PIECE = 1 << 17
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one weight is quantized. ``group`` 0: one scale an output. ``search``: narrower ranges are tried as well."""
+
+    bits: Bits = 4
+    group: int = 32
+    symmetric: bool = True
+    search: bool = True
+
+    def fitted(self, size: int) -> Scheme | None:
+        """Return the scheme with a group that divides ``size``, a power of two; None where that would be too short."""
+        if not self.group:
+            return self
+        group = min(self.group, size & -size)
+        return replace(self, group=group) if group >= SHORTEST_GROUP else None
+
+    def __str__(self) -> str:
+        """Return the scheme as one word, ``int4-g32``."""
+        return f"int{self.bits}{'' if self.symmetric else '-asymmetric'}{f'-g{self.group}' if self.group else ''}"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Integers [out, in] int8, scales [out, groups] float32, zero points [out, groups] int8 or None."""
+
+    q: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+def bounds(bits: int) -> tuple[int, int]:
+    """Return the smallest and the largest integer of so many bits."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, group: int) -> Tensor:
+    """Return the weight [out, in] float32 that the integers stand for; ``group`` 0 is a whole row."""
+    grouped = q.to(torch.float32).reshape(q.shape[0], -1, group or q.shape[1])
+    if zero_point is not None:
+        grouped = grouped - zero_point.to(torch.float32).unsqueeze(-1)
+    return (grouped * scale.unsqueeze(-1)).reshape(q.shape)
+
+
+def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Quantized:
+    """Return the nearest integers of a weight [out, in]; ``group`` must divide ``in``.
+
+    ``importance`` [in]: how much the error of each input counts in the search, all alike where None.
+
+    Source: round to nearest; the search over clipped ranges as in AWQ (arXiv 2306.00978, section 3).
+    """
+    rows, columns = weight.shape
+    group = scheme.group or columns
+    q = torch.empty(rows, columns, dtype=torch.int8)
+    scale = torch.empty(rows, columns // group)
+    zero = None if scheme.symmetric else torch.empty(rows, columns // group, dtype=torch.int8)
+    counts = None if importance is None else importance.to(torch.float32).reshape(-1, group)
+    step = max(1, PIECE // columns)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        grouped = weight[part].to(torch.float32).reshape(-1, columns // group, group)
+        chosen_scale, chosen_zero = _ranges(grouped, scheme, counts)
+        q[part] = _integers(grouped, chosen_scale, chosen_zero, scheme.bits).reshape(-1, columns).to(torch.int8)
+        scale[part] = chosen_scale.squeeze(-1)
+        if zero is not None and chosen_zero is not None:
+            zero[part] = chosen_zero.squeeze(-1).to(torch.int8)
+    return Quantized(q, scale, zero)
+
+
+def _ranges(grouped: Tensor, scheme: Scheme, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return scale and zero point of each group [rows, groups, 1]: those of the whole range, or of the best narrower one."""
+    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    scale, zero = _steps(low, high, scheme)
+    if not scheme.search:
+        return scale, zero
+    best = _error(grouped, scale, zero, scheme.bits, importance)
+    for ratio in NARROWER:
+        other_scale, other_zero = _steps(low * ratio, high * ratio, scheme)
+        error = _error(grouped, other_scale, other_zero, scheme.bits, importance)
+        better = error < best
+        scale, best = torch.where(better, other_scale, scale), torch.where(better, error, best)
+        if zero is not None and other_zero is not None:
+            zero = torch.where(better, other_zero, zero)
+    return scale, zero
+
+
+def _steps(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Return the scale, above 0, and the zero point with which the integers reach from ``low`` to ``high``."""
+    smallest, largest = bounds(scheme.bits)
+    if scheme.symmetric:
+        scale = torch.maximum(high / largest, low / smallest)
+        return torch.where(scale > 0, scale, 1.0), None
+    low, high = low.clamp(max=0), high.clamp(min=0)  # so that 0 is an integer
+    scale = (high - low) / (largest - smallest)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return scale, (smallest - low / scale).round_().clamp_(smallest, largest)
+
+
+def _integers(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """Return the nearest integers, as floats."""
+    steps = (grouped / scale).round_()
+    return (steps if zero is None else steps.add_(zero)).clamp_(*bounds(bits))
+
+
+def _error(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int, importance: Tensor | None) -> Tensor:
+    """Return the squared error of each group, [rows, groups, 1]."""
+    integers = _integers(grouped, scale, zero, bits)
+    if zero is not None:
+        integers -= zero
+    squared = integers.mul_(scale).sub_(grouped).square_()
+    return (squared if importance is None else squared.mul_(importance)).sum(-1, keepdim=True)
+
+
+@dataclass
+class QuantizedWeight:
+    """One weight's integers, scales and zero points as weights of a table, made together when the first of them is read.
+
+    ``make`` gives them of the float weight. Scales are kept, being small, until they are read as well; integers never are.
+    """
+
+    weight: Weight
+    scheme: Scheme
+    make: Callable[[Tensor], Quantized]
+    _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def nearest(cls, weight: Weight, scheme: Scheme) -> QuantizedWeight:
+        """Return the weight rounded to the nearest integers."""
+        return cls(weight, scheme, partial(quantize, scheme=scheme))
+
+    def parts(self) -> dict[Part, Derived]:
+        """Return the weights of the table: q, scale and, where they are asymmetric, zero_point."""
+        rows, columns = self.weight.shape
+        groups = (rows, columns // (self.scheme.group or columns))
+        made: dict[Part, Derived] = {"q": self._part("q", "int8", (rows, columns)), "scale": self._part("scale", "float32", groups)}
+        return made if self.scheme.symmetric else {**made, "zero_point": self._part("zero_point", "int8", groups)}
+
+    def dequantized(self) -> Derived:
+        """Return the float weight that the integers stand for."""
+
+        def read() -> Tensor:
+            made = self.make(self.weight.read())
+            return dequantize(made.q, made.scale, made.zero_point, self.scheme.group)
+
+        return Derived((), f"dequantize({self.scheme})", read, "float32", tuple(self.weight.shape), moved=False)
+
+    def _part(self, name: Part, dtype: str, shape: tuple[int, int]) -> Derived:
+        return Derived((), f"quantize({self.scheme}).{name}", partial(self._read, name), dtype, shape, moved=False)
+
+    def _read(self, name: Part) -> Tensor:
+        if name in self._kept:
+            return self._kept.pop(name)
+        made = self.make(self.weight.read())
+        parts: dict[Part, Tensor | None] = {"q": made.q, "scale": made.scale, "zero_point": made.zero_point}
+        self._kept = {other: part for other, part in parts.items() if part is not None and other not in ("q", name)}
+        found = parts[name]
+        assert found is not None, f"{self.scheme} has no {name}"
+        return found
