@@ -96,13 +96,15 @@ def plan_of(recipe: Recipe, target: Target, source: ModelSource | None = None) -
 class Conversion:
     """One recipe on the way to its artifact.
 
-    ``replaced``: parameters of the untouched model that passes gave other values, as the last `rewritten` model says.
+    ``replaced``: parameters of the untouched model that passes gave other values, and ``blocks`` as `TracedModel`
+    has them: of the model that was rewritten last.
     """
 
     recipe: Recipe
     target: Target
     source: ModelSource
     replaced: dict[str, Weight] = field(default_factory=dict)
+    blocks: dict[str, int] = field(default_factory=dict)
 
     @property
     def plan(self) -> tuple[Pass, ...]:
@@ -119,7 +121,7 @@ class Conversion:
     def rewrite(self, model: TracedModel) -> dict[str, passes.Rewrites]:
         """Return what each pass did to the traced model and left alone, by name."""
         done = passes.run_all(self.plan, model)
-        self.replaced = model.replaced
+        self.replaced, self.blocks = model.replaced, model.blocks
         return done
 
     def bounded(self, limits: Limits) -> Limits:

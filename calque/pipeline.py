@@ -120,7 +120,7 @@ def prove(conversion: Conversion, artifact: Artifact, report: Report, scratch: P
     load_eager = cache(conversion.eager)
     with stages("reference"):
         becomes = partial(passes.expected, conversion.plan)
-        expected = store_reference(load_eager, chosen, ModelIO.of(artifact), artifact.folder, scratch, becomes)
+        expected = store_reference(load_eager, chosen, ModelIO.of(artifact), artifact.folder, scratch, becomes, blocks=conversion.blocks)
         states, note = states_alone(load_eager(), shown) if shown else ({}, "")
         load_eager.cache_clear()  # what opens the artifact needs the memory
     with stages("prove"):

@@ -23,6 +23,8 @@ Part = Literal["q", "scale", "zero_point"]
 
 # The shortest group that runtimes have kernels for.
 SHORTEST_GROUP = 16
+# And the longest. Source: MatMulNBits of onnxruntime@1.31.
+LONGEST_GROUP = 256
 # By how much the range of a group is narrowed, to see whether finer steps win more than what is clipped loses.
 NARROWER = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 # Elements that are searched at a time: what is made of them fits the second cache of a processor.
@@ -44,6 +46,10 @@ class Scheme:
             return self
         group = min(self.group, size & -size)
         return replace(self, group=group) if group >= SHORTEST_GROUP else None
+
+    def block(self, size: int) -> int:
+        """Return how many of ``size`` neighbours operators take together that know groups alone: a whole row is several then."""
+        return self.group or min(size & -size, LONGEST_GROUP)
 
     def __str__(self) -> str:
         """Return the scheme as one word, ``int4-g32``."""

@@ -46,6 +46,8 @@ class TracedModel:
     trained_length: int | None = None
     # Parameters of the untouched model that a pass gave other values: by name, what it would hold to compute the same.
     replaced: dict[str, Weight] = field(default_factory=dict)
+    # Parameters that are integers, and how many of the values that a product with one reads may share a scale.
+    blocks: dict[str, int] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
@@ -275,7 +277,11 @@ class TracedModel:
         program._state_dict = dict(self.program.state_dict)
         program._constants = dict(self.program.constants)
         return replace(
-            self, program=program, weights=replace(self.weights, entries=dict(self.weights.entries)), replaced=dict(self.replaced)
+            self,
+            program=program,
+            weights=replace(self.weights, entries=dict(self.weights.entries)),
+            replaced=dict(self.replaced),
+            blocks=dict(self.blocks),
         )
 
 

@@ -23,6 +23,7 @@ from torch.fx import Node
 from calque.packing import pack, pack_zero_points
 from calque.passes import Rewrites
 from calque.patterns import aten
+from calque.quantization import Scheme
 from calque.traced import call, user_nodes
 from calque.weights import Derived, torch_dtype_name
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from calque.traced import TracedModel
 
 calque = torch.ops.calque
-# Source: MatMulNBits of onnxruntime@1.31 takes blocks of 16 to 256.
-LONGEST_GROUP = 256
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class _Packing:
         arguments: Any = weight.args
         q, scale, zero_point, bits, _, group = arguments
         size = int(q.meta["val"].shape[1])
-        block = group or min(size & -size, LONGEST_GROUP)
+        block = Scheme(bits, group).block(size)
         packed = self._packed(q, partial(pack, bits=bits, group=block), _shape(q, size // block, block * bits // 8))
         if not group:
             scale, zero_point = (self._repeated(part, size // block) for part in (scale, zero_point))

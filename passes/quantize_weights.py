@@ -81,6 +81,7 @@ class QuantizeWeights:
             for owner, node in owners:
                 _replace(model, node, made[id(stored)], found)
                 model.replaced[owner] = _dequantized(stored, found, _inputs_first(owners))
+                model.blocks[owner] = found.block(stored.shape[0 if _inputs_first(owners) else 1])
         model.drop_unused_parameters()
         return Rewrites(len(made), tuple(skipped))
 

@@ -74,11 +74,6 @@ class ModelIO:
         )
 
     @property
-    def arithmetic(self) -> str:
-        """What products are computed in: the row of the table of limits."""
-        return "int8" if self.rounded else self.dtype
-
-    @property
     def layers(self) -> int:
         """How many layers there are, as far as states and config tell; at least 1."""
         return max((self.depth, *(state.layer + 1 for state in self.states)))
