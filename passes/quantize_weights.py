@@ -76,12 +76,12 @@ class QuantizeWeights:
             if isinstance(found, str):
                 skipped.append((name, found))
                 continue
-            stored = model.weights[name]
-            made[id(stored)] = _add(model, name, weight, found, _inputs_first(owners))
+            stored, inputs_first = model.weights[name], _inputs_first(owners)
+            made[id(stored)] = _add(model, name, weight, found, inputs_first)
             for owner, node in owners:
                 _replace(model, node, made[id(stored)], found)
-                model.replaced[owner] = _dequantized(stored, found, _inputs_first(owners))
-                model.blocks[owner] = found.block(stored.shape[0 if _inputs_first(owners) else 1])
+                model.replaced[owner] = _dequantized(stored, found, inputs_first)
+                model.blocks[owner] = found.block(stored.shape[0 if inputs_first else 1])
         model.drop_unused_parameters()
         return Rewrites(len(made), tuple(skipped))
 
