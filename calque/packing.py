@@ -13,6 +13,9 @@ from torch import Tensor
 
 from calque.quantization import dequantize
 
+# The longest group that ONNX Runtime's kernels know. Source: MatMulNBits of onnxruntime@1.31 takes blocks of 16 to 256.
+LONGEST_GROUP = 256
+
 
 def pack(q: Tensor, bits: int, group: int) -> Tensor:
     """Return signed integers [out, in] as bytes, [out, in / group, group · bits / 8]."""

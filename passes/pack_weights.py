@@ -6,7 +6,7 @@
             embedding(calque.dequantize_weight(%q, …), %ids)
     after   calque.packed_linear(%x, %packed, %scale, %zero_points, %b, bits, group, in)       packed = Derived(pack, q)
             calque.packed_embedding(%ids, %packed, %scale, %zero_points, bits, group, in)
-    left    integers that something else reads
+    left    integers that something else reads; rows that no group of 16 or more divides
 
 A scale for a whole row becomes one for each group of it, the longest up to 256 that divides it: the operators know no other.
 """
@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.fx import Node
 
-from calque.packing import pack, pack_zero_points
+from calque.packing import LONGEST_GROUP, pack, pack_zero_points
 from calque.passes import Rewrites
 from calque.patterns import aten
+from calque.quantization import SHORTEST_GROUP
 from calque.traced import call, user_nodes
 from calque.weights import Derived, torch_dtype_name
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from calque.traced import TracedModel
 
 calque = torch.ops.calque
-# Source: MatMulNBits of onnxruntime@1.31 takes blocks of 16 to 256.
-LONGEST_GROUP = 256
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,22 @@ class PackWeights:
             if odd := next((user for user in node.users if not _reads(user, node)), None):
                 skipped.append((node.name, f"{odd.target} reads it, which has no form that takes integers"))
                 continue
+            if _block(node) < SHORTEST_GROUP:
+                skipped.append((node.name, f"its rows divide into no group of {SHORTEST_GROUP} or more"))
+                continue
             for user in list(node.users):
                 packing.join(user, node)
                 count += 1
         model.graph.eliminate_dead_code()
         model.drop_unused_parameters()
         return Rewrites(count, tuple(skipped))
+
+
+def _block(weight: Node) -> int:
+    """Return the group that the weight is packed with."""
+    arguments: Any = weight.args
+    size = int(arguments[0].meta["val"].shape[1])
+    return int(arguments[5]) or min(size & -size, LONGEST_GROUP)
 
 
 def _reads(user: Node, weight: Node) -> bool:
@@ -77,7 +86,7 @@ class _Packing:
         arguments: Any = weight.args
         q, scale, zero_point, bits, _, group = arguments
         size = int(q.meta["val"].shape[1])
-        block = group or min(size & -size, LONGEST_GROUP)
+        block = _block(weight)
         packed = self._packed(q, partial(pack, bits=bits, group=block), _shape(q, size // block, block * bits // 8))
         if not group:
             scale, zero_point = (self._repeated(part, size // block) for part in (scale, zero_point))
