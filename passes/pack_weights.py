@@ -6,7 +6,7 @@
             embedding(calque.dequantize_weight(%q, …), %ids)
     after   calque.packed_linear(%x, %packed, %scale, %zero_points, %b, bits, group, in)       packed = Derived(pack, q)
             calque.packed_embedding(%ids, %packed, %scale, %zero_points, bits, group, in)
-    left    integers that something else reads
+    left    integers that something else reads; rows that no group of 16 or more divides
 
 A scale for a whole row becomes one for each group of it, the longest up to 256 that divides it: the operators know no other.
 """
@@ -25,7 +25,7 @@ from torch.fx import Node
 from calque.packing import pack, pack_zero_points, zero_point_bytes
 from calque.passes import Rewrites
 from calque.patterns import aten
-from calque.quantization import Scheme
+from calque.quantization import SHORTEST_GROUP, Scheme
 from calque.traced import call, user_nodes
 from calque.weights import Derived
 
@@ -48,12 +48,22 @@ class PackWeights:
             if odd := next((user for user in node.users if not _reads(user, node)), None):
                 skipped.append((node.name, f"{odd.target} reads it, which has no form that takes integers"))
                 continue
+            if _block(node) < SHORTEST_GROUP:
+                skipped.append((node.name, f"its rows divide into no group of {SHORTEST_GROUP} or more"))
+                continue
             for user in list(node.users):
                 packing.join(user, node)
                 count += 1
         model.graph.eliminate_dead_code()
         model.drop_unused_parameters()
         return Rewrites(count, tuple(skipped))
+
+
+def _block(weight: Node) -> int:
+    """Return the group that the weight is packed with."""
+    arguments: Any = weight.args
+    size = int(arguments[0].meta["val"].shape[1])
+    return Scheme(arguments[3], arguments[5]).block(size)
 
 
 def _reads(user: Node, weight: Node) -> bool:
@@ -78,7 +88,7 @@ class _Packing:
         arguments: Any = weight.args
         q, scale, zero_point, bits, _, group = arguments
         size, looks_up = int(q.meta["val"].shape[1]), user.target is aten.embedding.default
-        block = Scheme(bits, group).block(size)
+        block = _block(weight)
         groups = size // block
         packed = self._made(q, "packed", partial(pack, bits=bits, group=block), "uint8", groups, block * bits // 8)
         if not group and groups > 1:

@@ -6,7 +6,12 @@
             embedding(%table, %ids)                   the head's weight as well, where they are tied
     after   linear(%x, calque.dequantize_weight(%q, %scale, %zero_point, bits, 1, group), %b)
             embedding(calque.dequantize_weight(%q, …), %ids)
-    left    weights of other operators (experts, convolutions), rows that no group of 16 or more divides, what an override keeps
+
+    before  matmul(%x, transpose(%w, 1, 2))           %w float32 [experts, out, in]; or [experts, in, out], as it is
+    after   matmul(%x, transpose(reshape(calque.dequantize_weight(%q, …), [experts, out, in]), 1, 2))     %q [experts · out, in]
+
+    left    weights of other operators (convolutions), rows that no group of 16 or more divides, what an override keeps; the
+            product that chooses experts, which is small: what it rounds would send tokens elsewhere
 
 It goes first: parameters then have the names of the checkpoint, and what joins layers joins their integers. Activations stay as
 they are. The integers are those of every target.
@@ -25,17 +30,16 @@ from torch.fx import Node
 
 from calque.passes import Rewrites
 from calque.patterns import aten
+from calque.products import Reading, products_behind, readings
 from calque.quantization import SHORTEST_GROUP, Part, QuantizedWeight, Scheme
-from calque.traced import call
-from calque.weights import Derived, Weight, transpose
+from calque.traced import call, user_nodes
+from calque.weights import Derived, Weight
 
 if TYPE_CHECKING:
     from calque.traced import TracedModel
 
 Storage = Literal["keep", "int4", "int8"]
 BITS: dict[str, Literal[4, 8]] = {"int4": 4, "int8": 8}
-# Where a product has its weight among its arguments.
-PRODUCTS: dict[Any, int] = {aten.linear.default: 1, aten.addmm.default: 2, aten.mm.default: 1, aten.matmul.default: 1}
 
 # The parameters that are one weight: its name, and the node it has by that name.
 Owners = list[tuple[str, Node]]
@@ -47,7 +51,8 @@ class QuantizeWeights:
     """``bits`` and ``group`` (0: one scale an output) of linear layers; ``symmetric``: no zero points.
 
     ``search``: narrower ranges are tried as well. ``embedding``, ``head``: what tables and the last product are stored as; where
-    both are one weight, ``head`` says. ``overrides``: what the weights are stored as whose names fit a pattern, the first that does.
+    both are one weight, ``head`` says. ``router``: products that choose experts. ``overrides``: what the weights are stored as
+    whose names fit a pattern, the first that does.
     """
 
     bits: Literal[4, 8] = 4
@@ -56,6 +61,7 @@ class QuantizeWeights:
     search: bool = True
     embedding: Storage = "int8"
     head: Storage = "int8"
+    router: Storage = "keep"
     overrides: dict[str, Storage] = field(default_factory=dict)
 
     after: ClassVar[frozenset[str]] = frozenset()
@@ -68,114 +74,91 @@ class QuantizeWeights:
     def apply(self, model: TracedModel) -> Rewrites:
         """Return one rewrite per weight."""
         skipped = []
-        heads = _heads(model)
-        made: dict[int, Parts] = {}
+        outputs: Any = model.output_node().args[0]
+        heads = products_behind([node for node, spec in zip(outputs, model.outputs, strict=True) if spec.name == "logits"])
+        routers = products_behind(user_nodes(model.graph.nodes, aten.topk.default))
+        count = 0
         for owners in _owners(model):
             (name, weight) = owners[0]
-            found = self._scheme(owners, heads, model)
-            if isinstance(found, str):
-                skipped.append((name, found))
+            read = _reading(owners)
+            found = read if isinstance(read, str) else self._scheme(owners, read, heads, routers)
+            if isinstance(read, str) or isinstance(found, str):
+                skipped.append((name, str(found)))
                 continue
-            stored, inputs_first = model.weights[name], _inputs_first(owners)
-            made[id(stored)] = _add(model, name, weight, found, inputs_first)
+            stored = model.weights[name]
+            made = QuantizedWeight.nearest(read.rows(_as_stored(stored)), found)
+            parts = {part: model.add_parameter(f"{name}.{part}", held, like=weight) for part, held in made.parts().items()}
             for owner, node in owners:
-                _replace(model, node, made[id(stored)], found)
-                model.replaced[owner] = _dequantized(stored, found, inputs_first)
-                model.blocks[owner] = found.block(stored.shape[0 if inputs_first else 1])
+                _replace(model, node, parts, found, read)
+                model.replaced[owner] = read.restored(made.dequantized(), stored.shape)
+                if read.experts == 1:
+                    model.blocks[owner] = found.block(read.columns(stored.shape))
+            count += 1
         model.drop_unused_parameters()
-        return Rewrites(len(made), tuple(skipped))
+        return Rewrites(count, tuple(skipped))
 
-    def _scheme(self, owners: Owners, heads: set[Node], model: TracedModel) -> Scheme | str:
+    def _scheme(self, owners: Owners, read: Reading, heads: set[Node], routers: set[Node]) -> Scheme | str:
         """Return how the weight is quantized, or why it is not."""
-        users = [user for _, node in owners for user in node.users]
-        if odd := next((user for user in users if _reads(user, owners) is None), None):
-            return f"read by {odd.target}, which is no linear layer and no embedding"
-        if len({_reads(user, owners) for user in users} - {"table"}) > 1:
-            return "read both as [in, out] and as [out, in]"
-        storage = self._storage(owners, heads, any(_reads(user, owners) == "table" for user in users))
+        storage = self._storage(owners, read, heads, routers)
         if storage == "keep":
             return "kept as it is"
-        rows = model.weights[owners[0][0]].shape[0 if _inputs_first(owners) else 1]
+        columns = read.columns(owners[0][1].meta["val"].shape)
         # A group of a table is read as the product reads it: per channel means a whole row in both.
-        scheme = Scheme(BITS[storage], self.group, self.symmetric, self.search and BITS[storage] == 4).fitted(rows)
-        return scheme or f"its rows of {rows} divide into no group of {SHORTEST_GROUP} or more"
+        scheme = Scheme(BITS[storage], self.group, self.symmetric, self.search and BITS[storage] == 4).fitted(columns)
+        return scheme or f"its rows of {columns} divide into no group of {SHORTEST_GROUP} or more"
 
-    def _storage(self, owners: Owners, heads: set[Node], table: bool) -> Storage:
+    def _storage(self, owners: Owners, read: Reading, heads: set[Node], routers: set[Node]) -> Storage:
         for pattern, storage in self.overrides.items():
             if any(fnmatchcase(name, pattern) for name, _ in owners):
                 return storage
-        if any(user in heads for _, node in owners for user in node.users):
+        users = {user for _, node in owners for user in node.users}
+        if users & heads:
             return self.head
-        return self.embedding if table else ("int4" if self.bits == 4 else "int8")
+        if users & routers:
+            return self.router
+        return self.embedding if read.kind == "table" else ("int4" if self.bits == 4 else "int8")
 
 
 def _owners(model: TracedModel) -> list[Owners]:
-    """Return the parameters that are float matrices, tied ones together, each with its name."""
+    """Return the parameters that are float matrices, or several beside each other, tied ones together, each with its name."""
     found: dict[int, Owners] = {}
     for name, node in model.parameters().items():
-        if node.users and len(model.weights[name].shape) == 2 and node.meta["val"].is_floating_point():
+        if node.users and len(model.weights[name].shape) in (2, 3) and node.meta["val"].is_floating_point():
             found.setdefault(id(model.weights[name]), []).append((name, node))
     return list(found.values())
 
 
-def _heads(model: TracedModel) -> set[Node]:
-    """Return the products that logits come from without another between them."""
-    outputs: Any = model.output_node().args[0]
-    stack = [node for node, spec in zip(outputs, model.outputs, strict=True) if spec.name == "logits"]
-    found: set[Node] = set()
-    seen: set[Node] = set()
-    while stack:
-        node = stack.pop()
-        if node.target in PRODUCTS:
-            found.add(node)
-        elif node not in seen:
-            stack += node.all_input_nodes
-        seen.add(node)
-    return found
+def _reading(owners: Owners) -> Reading | str:
+    """Return how the weight is read, as a product where it is a table too; or why it is not quantized."""
+    found: dict[Reading, None] = {}
+    for _, node in owners:
+        for user, read in readings(node):
+            if read is None:
+                return f"read by {user.target}, which is no linear layer and no embedding"
+            found[read] = None
+    products = [read for read in found if read.kind != "table"]
+    if len(products) > 1 or (products and products[0].inputs_first and len(found) > 1):
+        return "read both as [in, out] and as [out, in]"
+    return products[0] if products else next(iter(found))
 
 
-def _reads(user: Node, owners: Owners) -> str | None:
-    """Return how a node reads the weight: as a table, as [out, in] or as [in, out]; None where it does something else with it."""
-    nodes = {node for _, node in owners}
-    place = PRODUCTS.get(user.target)
-    if user.target is aten.embedding.default:
-        return "table" if user.args[0] in nodes else None
-    if place is None or user.args[place] not in nodes or len(nodes.intersection(user.all_input_nodes)) > 1:
-        return None
-    return "outputs first" if user.target is aten.linear.default else "inputs first"
+def _as_stored(weight: Weight) -> Weight:
+    """Return the weight in the type that it is stored in: to integers it goes from there."""
+    return weight.sources[0] if isinstance(weight, Derived) and weight.operation == "cast(float32)" else weight
 
 
-def _inputs_first(owners: Owners) -> bool:
-    """Return whether the weight lies [in, out], as GPT-2's do."""
-    return any(_reads(user, owners) == "inputs first" for _, node in owners for user in node.users)
-
-
-def _laid(weight: Weight, inputs_first: bool) -> Weight:
-    """Return the weight as [out, in], in the type that it is stored in: to integers it goes from there."""
-    stored = weight.sources[0] if isinstance(weight, Derived) and weight.operation == "cast(float32)" else weight
-    return transpose(stored) if inputs_first else stored
-
-
-def _dequantized(weight: Weight, scheme: Scheme, inputs_first: bool) -> Weight:
-    """Return what the untouched model would hold in place of the weight, to compute what the integers do."""
-    made = QuantizedWeight.nearest(_laid(weight, inputs_first), scheme).dequantized()
-    return transpose(made) if inputs_first else made
-
-
-def _add(model: TracedModel, name: str, like: Node, scheme: Scheme, inputs_first: bool) -> Parts:
-    """Return the new parameters that hold the weight's integers, scales and zero points."""
-    made = QuantizedWeight.nearest(_laid(model.weights[name], inputs_first), scheme).parts()
-    return {part: model.add_parameter(f"{name}.{part}", weight, like=like) for part, weight in made.items()}
-
-
-def _replace(model: TracedModel, node: Node, parts: Parts, scheme: Scheme) -> None:
+def _replace(model: TracedModel, node: Node, parts: Parts, scheme: Scheme, read: Reading) -> None:
     """Let what read the weight read what its integers stand for."""
     readers = list(node.users)
+    shape = tuple(node.meta["val"].shape)
+    alone = len(shape) == 2 and read.experts == 1
     with model.graph.inserting_before(readers[0]):
         arguments = (parts["q"], parts["scale"], parts.get("zero_point"), scheme.bits, 1, scheme.group)
         weight = call(model.graph, torch.ops.calque.dequantize_weight.default, *arguments)
+        if not alone:
+            weight = _laid(model, weight, read, shape)
     for reader in readers:
-        if reader.target in (aten.linear.default, aten.embedding.default):
+        if not (alone and read.inputs_first):
             reader.replace_input_with(node, weight)
             continue
         bias, value = (reader.args[0], reader.args[1]) if reader.target is aten.addmm.default else (None, reader.args[0])
@@ -184,3 +167,14 @@ def _replace(model: TracedModel, node: Node, parts: Parts, scheme: Scheme) -> No
         product.meta = dict(reader.meta)
         reader.replace_all_uses_with(product)
         model.graph.erase_node(reader)
+
+
+def _laid(model: TracedModel, rows: Node, read: Reading, shape: tuple[int, ...]) -> Node:
+    """Return the rows of several matrices, [E · out, in], laid as the parameter of that shape was."""
+    columns = read.columns(shape)
+    if read.inputs_first:
+        apart = call(model.graph, aten.reshape.default, rows, [read.experts, -1, columns])
+        rows = call(model.graph, aten.transpose.int, apart, 1, 2)
+    if tuple(rows.meta["val"].shape) == shape:
+        return rows
+    return call(model.graph, aten.reshape.default, rows, list(shape))

@@ -5,6 +5,7 @@ Source: the operator schemas and CPU kernels of onnxruntime 1.31.1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,6 +103,25 @@ def packed_embedding(ids: Any, packed: Any, scale: Any, zero_point: Any, bits: i
     return op.Reshape(rows, ints(0, 0, size))
 
 
+def packed_experts(
+    x: Any, routing: Any, up: Any, up_scale: Any, up_zero_point: Any, up_bias: Any, down: Any, down_scale: Any, down_zero_point: Any,
+    down_bias: Any, bits: int, group: int, chosen: int, alpha: float, beta: float, limit: float,
+) -> Any:  # fmt: skip
+    """Return ``QMoE``; by the routing it chooses experts, and weighs them: where none is below 0, those above it are the chosen."""
+    return contrib(
+        "QMoE",
+        [x, routing, up, up_scale, up_bias, down, down_scale, down_bias, None, None, None, up_zero_point, down_zero_point, None, routing],
+        k=chosen,
+        expert_weight_bits=bits,
+        block_size=group,
+        activation_type="swiglu",
+        swiglu_fusion=1,
+        activation_alpha=alpha,
+        activation_beta=beta,
+        swiglu_limit=limit or math.inf,
+    )
+
+
 CONTRIB: Table = {
     **STANDARD,
     torch.ops.calque.grouped_attention.default: grouped_attention,
@@ -112,6 +132,7 @@ CONTRIB: Table = {
     torch.ops.calque.quick_gelu.default: quick_gelu,
     torch.ops.calque.packed_linear.default: packed_linear,
     torch.ops.calque.packed_embedding.default: packed_embedding,
+    torch.ops.calque.packed_experts.default: packed_experts,
     torch.ops.aten.silu.default: quick_gelu,
     torch.ops.aten.linear.default: linear,
 }

@@ -177,6 +177,12 @@ def join_heads(x: Any) -> Any:
     return op.Reshape(x, ints(0, 0, -1))
 
 
+def dequantize_weight(q: Any, scale: Any, zero_point: Any, bits: int, axis: int, group: int) -> Any:
+    """Return ``DequantizeLinear``, a whole row being one block where ``group`` is 0; integers of 4 bits are cast to their own type."""
+    parts = [part if part is None or bits == 8 else op.Cast(part, to=ir.DataType.INT4) for part in (q, zero_point)]
+    return op.DequantizeLinear(parts[0], scale, parts[1], axis=axis, block_size=group or q.shape[axis])
+
+
 STANDARD: Table = {
     torch.ops.calque.flat_rotary.default: flat_rotary,
     torch.ops.calque.mask_bias.default: mask_bias,
@@ -191,6 +197,7 @@ STANDARD: Table = {
     torch.ops.calque.attention_mask.default: lambda full, key_mask, kind, window: op.Identity(full),
     torch.ops.calque.attention.default: attention,
     torch.ops.calque.keep_last.default: keep_last,
+    torch.ops.calque.dequantize_weight.default: dequantize_weight,
     torch.ops.calque.write_slots.default: write_slots,
     torch.ops.aten.linear.default: linear,
     torch.ops.aten.split_with_sizes.default: split_with_sizes,

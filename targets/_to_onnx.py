@@ -38,6 +38,7 @@ DTYPES = {
     "int32": "INT32",
     "bool": "BOOL",
     "uint8": "UINT8",
+    "int8": "INT8",
 }
 
 
@@ -85,6 +86,7 @@ def to_onnx(model: TracedModel, table: Table = STANDARD) -> ir.Model:
     assert exported is not None
     lowered: ir.Model = exported.model
     _bind_weights(lowered, model)
+    _narrow(lowered)
     _name(lowered, model)
     _simplify(lowered)
     return lowered
@@ -204,6 +206,26 @@ def _lazy(name: str, weight: Weight) -> ir.LazyTensor:
         return ir.tensor(weight.read().contiguous(), name=name)
 
     return ir.LazyTensor(read, dtype=ir.DataType[DTYPES[torch_dtype_name(weight)]], shape=ir.Shape(weight.shape), name=name)
+
+
+def _narrow(lowered: ir.Model) -> None:
+    """Store as integers of 4 bits, two in a byte, the weights that the graph would cast to them."""
+    for node in list(lowered.graph):
+        value = node.inputs[0] if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.INT4 else None
+        if value is None or not isinstance(value.const_value, ir.LazyTensor):
+            continue
+        if value.dtype != ir.DataType.INT4:
+            value.const_value = _of_four_bits(value.const_value)
+            value.dtype = ir.DataType.INT4
+        node.outputs[0].replace_all_uses_with(value)
+        lowered.graph.remove(node, safe=True)
+
+
+def _of_four_bits(wide: ir.LazyTensor) -> ir.LazyTensor:
+    def read() -> ir.TensorProtocol:
+        return ir.tensor(wide.numpy().astype(ir.DataType.INT4.numpy()), dtype=ir.DataType.INT4, name=wide.name)
+
+    return ir.LazyTensor(read, dtype=ir.DataType.INT4, shape=wide.shape, name=wide.name)
 
 
 def _name(lowered: ir.Model, model: TracedModel) -> None:

@@ -65,6 +65,7 @@ class OnnxRuntime:
         from calque.passes.cache_static import CacheStatic
         from calque.passes.cast_precision import CastPrecision
         from calque.passes.drop_zero_bias import DropZeroBias
+        from calque.passes.fuse_experts import FuseExperts
         from calque.passes.fuse_gelu import FuseGelu
         from calque.passes.fuse_grouped_attention import FuseGroupedAttention
         from calque.passes.fuse_layer_norm import FuseLayerNorm
@@ -86,8 +87,10 @@ class OnnxRuntime:
             # What follows, in operators of the standard.
             written = (FuseGelu(), FuseRmsNorm(), FuseLayerNorm(), FuseRotary())
             return (DropZeroBias(), *written, cache, SimplifyShapes(), TransposeLinear(), *cast)
+        experts = (FuseExperts(rounded=self.activations == "int8"),) if quantize else ()
         joined = (
             *quantize,  # first, while parameters have the names of the checkpoint
+            *experts,  # those that a token chose run, and no others
             DropZeroBias(),  # an addition less for each
             FuseGelu(),  # up to eight operators an activation become one
             FuseRmsNorm(),  # five operators a norm become one
@@ -119,12 +122,12 @@ class OnnxRuntime:
         import onnx_ir as ir
 
         from calque.targets import _to_onnx
-        from calque.targets._exact import LEVEL, ROUNDED
+        from calque.targets._exact import LEVEL, LEVELLED, ROUNDED
 
         lowered = _to_onnx.to_onnx(model, self._table())
         if self.activations == "int8":
             for node in lowered.graph:
-                if node.op_type == "MatMulNBits":
+                if node.op_type in LEVELLED:
                     node.attributes[LEVEL] = ir.AttrInt64(LEVEL, ROUNDED)
         return lowered
 
