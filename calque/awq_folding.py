@@ -96,16 +96,16 @@ class Folder:
 
     def _attended(self, value: Node) -> Fold | None:
         """Find the product that values of attention are the output of, with the heads alone between."""
-        heads = value.args[0] if calls(value, aten.reshape.default) else None
-        seen: Any = heads.args[0] if calls(heads, aten.transpose.int) and set(heads.args[1:]) == {1, 2} else None  # type: ignore[union-attr]
-        if not calls(seen, attention) or only_user(heads) is not value or only_user(seen) is not heads:  # type: ignore[arg-type]
+        heads: Any = value.args[0] if calls(value, aten.reshape.default) else None
+        seen: Any = heads.args[0] if calls(heads, aten.transpose.int) and set(heads.args[1:]) == {1, 2} else None
+        if not calls(seen, attention) or only_user(heads) is not value or only_user(seen) is not heads:
             return None
         whole = seen.args[2]
-        added = whole.args[1] if calls(whole, cache_update) and only_user(whole) is seen else whole
+        added: Any = whole.args[1] if calls(whole, cache_update) and only_user(whole) is seen else whole
         if not calls(added, aten.transpose.int) or set(added.args[1:]) != {1, 2} or only_user(added) is None:
             return None
-        split = added.args[0]
-        if not calls(split, aten.reshape.default) or only_user(split) is not added or calls(split.args[0], aten.transpose.int):
+        split: Any = added.args[0]
+        if not calls(split, aten.reshape.default) or only_user(split) is not added:
             return None
         fold = self._product(split.args[0], split)
         size, queries = added.meta["val"].shape[-1], seen.meta["val"].shape[1]

@@ -63,4 +63,5 @@ def _inverse_factor(second: Tensor, weight: Tensor, damping: float) -> Tensor:
     weight[:, dead] = 0
     hessian.diagonal().add_(damping * hessian.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.to(torch.float32)

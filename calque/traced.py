@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +47,12 @@ class TracedModel:
     trained_length: int | None = None
     # Parameters of the untouched model that a pass gave other values: by name, what it would hold to compute the same.
     replaced: dict[str, Weight] = field(default_factory=dict)
+    # Rows of tokens that the model is measured on, with what the tokenizer puts around a text; none without calibration.
+    samples: tuple[tuple[int, ...], ...] = ()
+    # What was measured on them, by what was asked: the traces of one conversion share it, so that they all get the same integers.
+    calibrations: dict[Any, Any] = field(default_factory=dict)
+    # A folder for what measuring keeps in files; None: the system's own.
+    scratch: Path | None = None
 
     @property
     def layers(self) -> int:

@@ -18,14 +18,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
+from calque.calibrated import Awq, Calibration, Gptq
+from calque.calibration import PRODUCTS, products_of
+from calque.errors import UsageError
 from calque.passes import Rewrites
 from calque.patterns import aten
-from calque.quantization import SHORTEST_GROUP, Part, QuantizedWeight, Scheme
+from calque.quantization import SHORTEST_GROUP, Part, QuantizedWeight, Scheme, quantize
 from calque.traced import call
 from calque.weights import Derived, Weight, transpose
 
@@ -34,8 +39,8 @@ if TYPE_CHECKING:
 
 Storage = Literal["keep", "int4", "int8"]
 BITS: dict[str, Literal[4, 8]] = {"int4": 4, "int8": 8}
-# Where a product has its weight among its arguments.
-PRODUCTS: dict[Any, int] = {aten.linear.default: 1, aten.addmm.default: 2, aten.mm.default: 1, aten.matmul.default: 1}
+# What `auto` is where there is text to measure the model on.
+CALIBRATED: Literal["awq", "gptq"] = "gptq"
 
 # The parameters that are one weight: its name, and the node it has by that name.
 Owners = list[tuple[str, Node]]
@@ -48,6 +53,8 @@ class QuantizeWeights:
 
     ``search``: narrower ranges are tried as well. ``embedding``, ``head``: what tables and the last product are stored as; where
     both are one weight, ``head`` says. ``overrides``: what the weights are stored as whose names fit a pattern, the first that does.
+    ``method``: ``nearest`` rounds to nearest; ``awq`` and ``gptq`` measure the model on text first. ``auto`` is nearest without such
+    text.
     """
 
     bits: Literal[4, 8] = 4
@@ -57,6 +64,7 @@ class QuantizeWeights:
     embedding: Storage = "int8"
     head: Storage = "int8"
     overrides: dict[str, Storage] = field(default_factory=dict)
+    method: Literal["auto", "nearest", "awq", "gptq"] = "auto"
 
     after: ClassVar[frozenset[str]] = frozenset()
 
@@ -66,23 +74,54 @@ class QuantizeWeights:
             raise ValueError(f"group: must be 16, 32, 64, 128, 256, or 0 for one scale an output; found {self.group}")
 
     def apply(self, model: TracedModel) -> Rewrites:
-        """Return one rewrite per weight."""
+        """Return one rewrite per weight.
+
+        Raises:
+            UsageError: a calibrated method without a text to calibrate on.
+        """
+        if self.method in ("awq", "gptq") and not model.samples:
+            raise UsageError(f"{self.method} measures the model on a text, and there is none", fix="--calibration FILE, or method: nearest")
+        planned: list[tuple[Owners, Scheme]] = []
         skipped = []
         heads = _heads(model)
-        made: dict[int, Parts] = {}
         for owners in _owners(model):
-            (name, weight) = owners[0]
             found = self._scheme(owners, heads, model)
             if isinstance(found, str):
-                skipped.append((name, found))
-                continue
-            stored = model.weights[name]
-            made[id(stored)] = _add(model, name, weight, found, _inputs_first(owners))
+                skipped.append((owners[0][0], found))
+            else:
+                planned.append((owners, found))
+        calibration, measured = self._calibration(model, planned)
+        for owners, scheme in planned:
+            make = partial(quantize, scheme=scheme)
+            if calibration and (name := measured.get(owners[0][1])):
+                make = partial(calibration.quantized, name)
+            stored = QuantizedWeight(_laid(model.weights[owners[0][0]], _inputs_first(owners)), scheme, make)
+            parts = _add(model, owners, stored)
+            dequantized = transpose(stored.dequantized()) if _inputs_first(owners) else stored.dequantized()
             for owner, node in owners:
-                _replace(model, node, made[id(stored)], found)
-                model.replaced[owner] = _dequantized(stored, found, _inputs_first(owners))
+                _replace(model, node, parts, scheme)
+                model.replaced[owner] = dequantized
+        if calibration:
+            _divide(model, calibration)
         model.drop_unused_parameters()
-        return Rewrites(len(made), tuple(skipped))
+        return Rewrites(len(planned), (*skipped, *(calibration.left if calibration else ())))
+
+    def _calibration(self, model: TracedModel, planned: list[tuple[Owners, Scheme]]) -> tuple[Calibration | None, dict[Node, str]]:
+        """Return what gives calibrated integers, and the names it knows weights by that one product alone reads."""
+        method = CALIBRATED if self.method == "auto" and model.samples else self.method
+        if method not in ("awq", "gptq"):
+            return None, {}
+        schemes = {node: scheme for owners, scheme in planned if len(owners) == 1 for _, node in owners if len(node.users) == 1}
+        products = [product for product in products_of(model) if product.parameter in schemes]
+        named = {product.weight: schemes[product.parameter] for product in products}
+        key = (method, tuple(named.items()), model.samples)
+        if products and key not in model.calibrations:
+            before = model.copy()
+            again = [product for product in products_of(before) if product.weight in named]
+            model.calibrations[key] = (
+                Awq(before, model.samples, again, named) if method == "awq" else Gptq(before, model.samples, again, named, model.scratch)
+            )
+        return model.calibrations.get(key), {product.parameter: product.weight for product in products}
 
     def _scheme(self, owners: Owners, heads: set[Node], model: TracedModel) -> Scheme | str:
         """Return how the weight is quantized, or why it is not."""
@@ -136,7 +175,7 @@ def _heads(model: TracedModel) -> set[Node]:
 def _reads(user: Node, owners: Owners) -> str | None:
     """Return how a node reads the weight: as a table, as [out, in] or as [in, out]; None where it does something else with it."""
     nodes = {node for _, node in owners}
-    place = PRODUCTS.get(user.target)
+    place = PRODUCTS.get(user.target, (None,))[0]
     if user.target is aten.embedding.default:
         return "table" if user.args[0] in nodes else None
     if place is None or user.args[place] not in nodes or len(nodes.intersection(user.all_input_nodes)) > 1:
@@ -155,16 +194,23 @@ def _laid(weight: Weight, inputs_first: bool) -> Weight:
     return transpose(stored) if inputs_first else stored
 
 
-def _dequantized(weight: Weight, scheme: Scheme, inputs_first: bool) -> Weight:
-    """Return what the untouched model would hold in place of the weight, to compute what the integers do."""
-    made = QuantizedWeight.nearest(_laid(weight, inputs_first), scheme).dequantized()
-    return transpose(made) if inputs_first else made
-
-
-def _add(model: TracedModel, name: str, like: Node, scheme: Scheme, inputs_first: bool) -> Parts:
+def _add(model: TracedModel, owners: Owners, weight: QuantizedWeight) -> Parts:
     """Return the new parameters that hold the weight's integers, scales and zero points."""
-    made = QuantizedWeight.nearest(_laid(model.weights[name], inputs_first), scheme).parts()
-    return {part: model.add_parameter(f"{name}.{part}", weight, like=like) for part, weight in made.items()}
+    name, like = owners[0]
+    return {part: model.add_parameter(f"{name}.{part}", made, like=like) for part, made in weight.parts().items()}
+
+
+def _divide(model: TracedModel, calibration: Calibration) -> None:
+    """Let the vectors that take scales back be what the calibration makes of them."""
+    for name in calibration.divided:
+        weight = model.weights[name]
+        read = partial(_divided, weight, calibration, name)
+        made = Derived((), "divide", read, "float32", tuple(weight.shape), moved=False)
+        model.weights.entries[name] = model.replaced[name] = made
+
+
+def _divided(weight: Weight, calibration: Calibration, name: str) -> Tensor:
+    return calibration.vector(name, weight.read())
 
 
 def _replace(model: TracedModel, node: Node, parts: Parts, scheme: Scheme) -> None:
