@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calque import converters, passes, sentence, targets
+from calque.calibration_text import read_rows
 from calque.errors import TargetUnavailable, Unsupported, UsageError
 from calque.recipe import Recipe, unbuilt_settings
 from calque.source import ModelSource
@@ -97,14 +98,17 @@ class Conversion:
     """One recipe on the way to its artifact.
 
     ``replaced``: parameters of the untouched model that passes gave other values, and ``blocks`` as `TracedModel`
-    has them: of the model that was rewritten last.
+    has them: of the model that was rewritten last. ``scratch``: a folder for what is measured of the model; ``calibrations``: what was,
+    for every trace of this conversion.
     """
 
     recipe: Recipe
     target: Target
     source: ModelSource
+    scratch: Path | None = None
     replaced: dict[str, Weight] = field(default_factory=dict)
     blocks: dict[str, int] = field(default_factory=dict)
+    calibrations: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def plan(self) -> tuple[Pass, ...]:
@@ -112,10 +116,14 @@ class Conversion:
         return plan_of(self.recipe, self.target, self.source)
 
     def trace(self) -> TracedModel:
-        """Return the traced model, its ledger balanced, its limits those of the recipe too."""
+        """Return the traced model, its ledger balanced, its limits those of the recipe too, with the text it is measured on."""
         model = converters.load(self.source.task)(self.source)
         model.weights.check()
         model.limits = self.bounded(model.limits)
+        if given := self.recipe.calibration:
+            longest = min(filter(None, (model.limits.max_length, model.trained_length)), default=None)
+            model.samples = read_rows(Path(given.text), self.source, given.samples, longest)
+            model.calibrations, model.scratch = self.calibrations, self.scratch
         return model
 
     def rewrite(self, model: TracedModel) -> dict[str, passes.Rewrites]:

@@ -50,7 +50,7 @@ def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Callabl
                 source = resolve(recipe, Path(scratch))
                 preflight.require_tensors(source)
                 preflight.require_disk(source, folder, recipe.precision)
-            conversion = Conversion(recipe, target, source)
+            conversion = Conversion(recipe, target, source, Path(scratch))
             artifact, report = emit(conversion, folder, stages)
             proof, report = prove(conversion, artifact, report, Path(scratch), stages)
         if proof.numerics.status == "not_run":

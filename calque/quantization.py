@@ -95,15 +95,15 @@ def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -
     for start in range(0, rows, step):
         part = slice(start, start + step)
         grouped = weight[part].to(torch.float32).reshape(-1, columns // group, group)
-        chosen_scale, chosen_zero = _ranges(grouped, scheme, counts)
-        q[part] = _integers(grouped, chosen_scale, chosen_zero, scheme.bits).reshape(-1, columns).to(torch.int8)
+        chosen_scale, chosen_zero = ranges(grouped, scheme, counts)
+        q[part] = integers(grouped, chosen_scale, chosen_zero, scheme.bits).reshape(-1, columns).to(torch.int8)
         scale[part] = chosen_scale.squeeze(-1)
         if zero is not None and chosen_zero is not None:
             zero[part] = chosen_zero.squeeze(-1).to(torch.int8)
     return Quantized(q, scale, zero)
 
 
-def _ranges(grouped: Tensor, scheme: Scheme, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def ranges(grouped: Tensor, scheme: Scheme, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return scale and zero point of each group [rows, groups, 1]: those of the whole range, or of the best narrower one."""
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
     scale, zero = _steps(low, high, scheme)
@@ -132,7 +132,7 @@ def _steps(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | 
     return scale, (smallest - low / scale).round_().clamp_(smallest, largest)
 
 
-def _integers(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+def integers(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """Return the nearest integers, as floats."""
     steps = (grouped / scale).round_()
     return (steps if zero is None else steps.add_(zero)).clamp_(*bounds(bits))
@@ -140,10 +140,10 @@ def _integers(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int) ->
 
 def _error(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int, importance: Tensor | None) -> Tensor:
     """Return the squared error of each group, [rows, groups, 1]."""
-    integers = _integers(grouped, scale, zero, bits)
+    steps = integers(grouped, scale, zero, bits)
     if zero is not None:
-        integers -= zero
-    squared = integers.mul_(scale).sub_(grouped).square_()
+        steps -= zero
+    squared = steps.mul_(scale).sub_(grouped).square_()
     return (squared if importance is None else squared.mul_(importance)).sum(-1, keepdim=True)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +49,12 @@ class TracedModel:
     replaced: dict[str, Weight] = field(default_factory=dict)
     # Parameters that are integers, and how many of the values that a product with one reads may share a scale.
     blocks: dict[str, int] = field(default_factory=dict)
+    # Rows of tokens that the model is measured on, with what the tokenizer puts around a text; none without calibration.
+    samples: tuple[tuple[int, ...], ...] = ()
+    # What was measured on them, by what was asked: the traces of one conversion share it, so that they all get the same integers.
+    calibrations: dict[Any, Any] = field(default_factory=dict)
+    # A folder for what measuring keeps in files; None: the system's own.
+    scratch: Path | None = None
 
     @property
     def layers(self) -> int:

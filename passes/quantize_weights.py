@@ -23,15 +23,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
+from calque.calibrated import Awq, Calibration, Gptq
+from calque.calibration import products_of
+from calque.errors import UsageError
 from calque.passes import Rewrites
 from calque.patterns import aten
 from calque.products import Reading, products_behind, readings
-from calque.quantization import SHORTEST_GROUP, Part, QuantizedWeight, Scheme
+from calque.quantization import SHORTEST_GROUP, Part, QuantizedWeight, Scheme, quantize
 from calque.traced import call, user_nodes
 from calque.weights import Derived, Weight
 
@@ -40,10 +45,13 @@ if TYPE_CHECKING:
 
 Storage = Literal["keep", "int4", "int8"]
 BITS: dict[str, Literal[4, 8]] = {"int4": 4, "int8": 8}
+# What `auto` is where there is text to measure the model on.
+CALIBRATED: Literal["awq", "gptq"] = "gptq"
 
 # The parameters that are one weight: its name, and the node it has by that name.
 Owners = list[tuple[str, Node]]
 Parts = dict[Part, Node]
+Planned = tuple[Owners, Reading, Scheme]
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,8 @@ class QuantizeWeights:
 
     ``search``: narrower ranges are tried as well. ``embedding``, ``head``: what tables and the last product are stored as; where
     both are one weight, ``head`` says. ``router``: products that choose experts. ``overrides``: what the weights are stored as
-    whose names fit a pattern, the first that does.
+    whose names fit a pattern, the first that does. ``method``: ``nearest`` rounds to nearest; ``awq`` and ``gptq`` measure the model on
+    text first. ``auto`` is nearest without such text.
     """
 
     bits: Literal[4, 8] = 4
@@ -63,6 +72,7 @@ class QuantizeWeights:
     head: Storage = "int8"
     router: Storage = "keep"
     overrides: dict[str, Storage] = field(default_factory=dict)
+    method: Literal["auto", "nearest", "awq", "gptq"] = "auto"
 
     after: ClassVar[frozenset[str]] = frozenset()
 
@@ -72,30 +82,59 @@ class QuantizeWeights:
             raise ValueError(f"group: must be 16, 32, 64, 128, 256, or 0 for one scale an output; found {self.group}")
 
     def apply(self, model: TracedModel) -> Rewrites:
-        """Return one rewrite per weight."""
+        """Return one rewrite per weight.
+
+        Raises:
+            UsageError: a calibrated method without a text to calibrate on.
+        """
+        if self.method in ("awq", "gptq") and not model.samples:
+            raise UsageError(f"{self.method} measures the model on a text, and there is none", fix="--calibration FILE, or method: nearest")
+        planned: list[Planned] = []
         skipped = []
         outputs: Any = model.output_node().args[0]
         heads = products_behind([node for node, spec in zip(outputs, model.outputs, strict=True) if spec.name == "logits"])
         routers = products_behind(user_nodes(model.graph.nodes, aten.topk.default))
-        count = 0
         for owners in _owners(model):
-            (name, weight) = owners[0]
             read = _reading(owners)
             found = read if isinstance(read, str) else self._scheme(owners, read, heads, routers)
             if isinstance(read, str) or isinstance(found, str):
-                skipped.append((name, str(found)))
-                continue
-            stored = model.weights[name]
-            made = QuantizedWeight.nearest(read.rows(_as_stored(stored)), found)
+                skipped.append((owners[0][0], str(found)))
+            else:
+                planned.append((owners, read, found))
+        calibration, measured = self._calibration(model, planned)
+        for owners, read, scheme in planned:
+            (name, weight) = owners[0]
+            stored, make = model.weights[name], partial(quantize, scheme=scheme)
+            if calibration and weight in measured:
+                make = partial(calibration.quantized, measured[weight])
+            made = QuantizedWeight(read.rows(_as_stored(stored)), scheme, make)
             parts = {part: model.add_parameter(f"{name}.{part}", held, like=weight) for part, held in made.parts().items()}
             for owner, node in owners:
-                _replace(model, node, parts, found, read)
+                _replace(model, node, parts, scheme, read)
                 model.replaced[owner] = read.restored(made.dequantized(), stored.shape)
                 if read.experts == 1:
-                    model.blocks[owner] = found.block(read.columns(stored.shape))
-            count += 1
+                    model.blocks[owner] = scheme.block(read.columns(stored.shape))
+        if calibration:
+            _divide(model, calibration)
         model.drop_unused_parameters()
-        return Rewrites(count, tuple(skipped))
+        return Rewrites(len(planned), (*skipped, *(calibration.left if calibration else ())))
+
+    def _calibration(self, model: TracedModel, planned: list[Planned]) -> tuple[Calibration | None, dict[Node, str]]:
+        """Return what gives calibrated integers, and the names it knows weights by that one product alone reads."""
+        method = CALIBRATED if self.method == "auto" and model.samples else self.method
+        if method not in ("awq", "gptq"):
+            return None, {}
+        schemes = {node: scheme for owners, _, scheme in planned if len(owners) == 1 for _, node in owners if len(node.users) == 1}
+        products = [product for product in products_of(model) if product.parameter in schemes]
+        named = {product.weight: schemes[product.parameter] for product in products}
+        key = (method, tuple(named.items()), model.samples)
+        if products and key not in model.calibrations:
+            before = model.copy()
+            again = [product for product in products_of(before) if product.weight in named]
+            model.calibrations[key] = (
+                Awq(before, model.samples, again, named) if method == "awq" else Gptq(before, model.samples, again, named, model.scratch)
+            )
+        return model.calibrations.get(key), {product.parameter: product.weight for product in products}
 
     def _scheme(self, owners: Owners, read: Reading, heads: set[Node], routers: set[Node]) -> Scheme | str:
         """Return how the weight is quantized, or why it is not."""
@@ -145,6 +184,19 @@ def _reading(owners: Owners) -> Reading | str:
 def _as_stored(weight: Weight) -> Weight:
     """Return the weight in the type that it is stored in: to integers it goes from there."""
     return weight.sources[0] if isinstance(weight, Derived) and weight.operation == "cast(float32)" else weight
+
+
+def _divide(model: TracedModel, calibration: Calibration) -> None:
+    """Let the vectors that take scales back be what the calibration makes of them."""
+    for name in calibration.divided:
+        weight = model.weights[name]
+        read = partial(_divided, weight, calibration, name)
+        made = Derived((), "divide", read, "float32", tuple(weight.shape), moved=False)
+        model.weights.entries[name] = model.replaced[name] = made
+
+
+def _divided(weight: Weight, calibration: Calibration, name: str) -> Tensor:
+    return calibration.vector(name, weight.read())
 
 
 def _replace(model: TracedModel, node: Node, parts: Parts, scheme: Scheme, read: Reading) -> None:
