@@ -105,7 +105,7 @@ def emit(conversion: Conversion, folder: Path, stages: Stages) -> tuple[Artifact
         limits=limits,
     )
     artifact, more = targets.finish(target, artifact, source.config)
-    return artifact, report.noted(*notes, *more, conversion.shortened(limits))
+    return artifact, report.noted(*notes, *more, *facts.quantized_notes(model), conversion.shortened(limits))
 
 
 def prove(conversion: Conversion, artifact: Artifact, report: Report, scratch: Path, stages: Stages) -> tuple[Proof, Report]:

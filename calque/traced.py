@@ -46,6 +46,8 @@ class TracedModel:
     trained_length: int | None = None
     # Parameters of the untouched model that a pass gave other values: by name, what it would hold to compute the same.
     replaced: dict[str, Weight] = field(default_factory=dict)
+    # Parameters that the checkpoint holds in another form than numbers: by name, that form and what becomes of it, in words.
+    quantized: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
@@ -274,9 +276,8 @@ class TracedModel:
         program._module_call_graph = entries
         program._state_dict = dict(self.program.state_dict)
         program._constants = dict(self.program.constants)
-        return replace(
-            self, program=program, weights=replace(self.weights, entries=dict(self.weights.entries)), replaced=dict(self.replaced)
-        )
+        weights = replace(self.weights, entries=dict(self.weights.entries))
+        return replace(self, program=program, weights=weights, replaced=dict(self.replaced), quantized=dict(self.quantized))
 
 
 def source_of(node: Node) -> tuple[str, str]:

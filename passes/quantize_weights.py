@@ -7,6 +7,7 @@
     after   linear(%x, calque.dequantize_weight(%q, %scale, %zero_point, bits, 1, group), %b)
             embedding(calque.dequantize_weight(%q, …), %ids)
     left    weights of other operators (experts, convolutions), rows that no group of 16 or more divides, what an override keeps
+    kept    integers of a quantized checkpoint that have the bits asked for, in groups of their own
 
 It goes first: parameters then have the names of the checkpoint, and what joins layers joins their integers. Activations stay as
 they are. The integers are those of every target.
@@ -26,6 +27,7 @@ from torch.fx import Node
 from calque.passes import Rewrites
 from calque.patterns import aten
 from calque.quantization import SHORTEST_GROUP, Part, QuantizedWeight, Scheme
+from calque.stored_integers import KEPT, Dequantized, KeptWeight, anew
 from calque.traced import call
 from calque.weights import Derived, Weight, transpose
 
@@ -48,6 +50,7 @@ class QuantizeWeights:
 
     ``search``: narrower ranges are tried as well. ``embedding``, ``head``: what tables and the last product are stored as; where
     both are one weight, ``head`` says. ``overrides``: what the weights are stored as whose names fit a pattern, the first that does.
+    ``stored``: which integers of a quantized checkpoint are kept as they are; others are dequantized and quantized anew.
     """
 
     bits: Literal[4, 8] = 4
@@ -57,6 +60,7 @@ class QuantizeWeights:
     embedding: Storage = "int8"
     head: Storage = "int8"
     overrides: dict[str, Storage] = field(default_factory=dict)
+    stored: Literal["any", "symmetric", "none"] = "any"
 
     after: ClassVar[frozenset[str]] = frozenset()
 
@@ -81,6 +85,8 @@ class QuantizeWeights:
             for owner, node in owners:
                 _replace(model, node, made[id(stored)], found)
                 model.replaced[owner] = _dequantized(stored, found, _inputs_first(owners))
+                if owner in model.quantized:
+                    model.quantized[owner] = (model.quantized[owner][0], _fate(stored, found, _inputs_first(owners)))
         model.drop_unused_parameters()
         return Rewrites(len(made), tuple(skipped))
 
@@ -94,15 +100,29 @@ class QuantizeWeights:
         storage = self._storage(owners, heads, any(_reads(user, owners) == "table" for user in users))
         if storage == "keep":
             return "kept as it is"
-        rows = model.weights[owners[0][0]].shape[0 if _inputs_first(owners) else 1]
+        weight = model.weights[owners[0][0]]
+        if kept := self._kept(_laid(weight, _inputs_first(owners)), BITS[storage], owners):
+            return kept
+        rows = weight.shape[0 if _inputs_first(owners) else 1]
         # A group of a table is read as the product reads it: per channel means a whole row in both.
         scheme = Scheme(BITS[storage], self.group, self.symmetric, self.search and BITS[storage] == 4).fitted(rows)
         return scheme or f"its rows of {rows} divide into no group of {SHORTEST_GROUP} or more"
 
+    def _kept(self, weight: Weight, bits: int, owners: Owners) -> Scheme | None:
+        """Return how the checkpoint itself holds the weight as integers, where they are those asked for or, unless named, narrower."""
+        scheme = weight.scheme if isinstance(weight, Dequantized) else None
+        if scheme is None or self.stored == "none" or (self.stored == "symmetric" and not scheme.symmetric):
+            return None
+        # A head in 4 bits would only become larger in 8.
+        return scheme if scheme.bits == bits or (scheme.bits == self.bits and not self._override(owners)) else None
+
+    def _override(self, owners: Owners) -> Storage | None:
+        fitting = (storage for pattern, storage in self.overrides.items() if any(fnmatchcase(name, pattern) for name, _ in owners))
+        return next(fitting, None)
+
     def _storage(self, owners: Owners, heads: set[Node], table: bool) -> Storage:
-        for pattern, storage in self.overrides.items():
-            if any(fnmatchcase(name, pattern) for name, _ in owners):
-                return storage
+        if storage := self._override(owners):
+            return storage
         if any(user in heads for _, node in owners for user in node.users):
             return self.head
         return self.embedding if table else ("int4" if self.bits == 4 else "int8")
@@ -155,15 +175,28 @@ def _laid(weight: Weight, inputs_first: bool) -> Weight:
     return transpose(stored) if inputs_first else stored
 
 
+def _quantized(weight: Weight, scheme: Scheme, inputs_first: bool) -> QuantizedWeight:
+    """Return the weight's integers: those of the checkpoint where the scheme is its own, else the nearest."""
+    laid = _laid(weight, inputs_first)
+    if isinstance(laid, Dequantized) and laid.scheme is scheme:
+        return KeptWeight.of(laid)
+    return QuantizedWeight.nearest(laid, scheme)
+
+
+def _fate(weight: Weight, scheme: Scheme, inputs_first: bool) -> str:
+    """Return what becomes of the form that the checkpoint holds the weight in."""
+    return KEPT if isinstance(_quantized(weight, scheme, inputs_first), KeptWeight) else anew(scheme)
+
+
 def _dequantized(weight: Weight, scheme: Scheme, inputs_first: bool) -> Weight:
     """Return what the untouched model would hold in place of the weight, to compute what the integers do."""
-    made = QuantizedWeight.nearest(_laid(weight, inputs_first), scheme).dequantized()
+    made = _quantized(weight, scheme, inputs_first).dequantized()
     return transpose(made) if inputs_first else made
 
 
 def _add(model: TracedModel, name: str, like: Node, scheme: Scheme, inputs_first: bool) -> Parts:
     """Return the new parameters that hold the weight's integers, scales and zero points."""
-    made = QuantizedWeight.nearest(_laid(model.weights[name], inputs_first), scheme).parts()
+    made = _quantized(model.weights[name], scheme, inputs_first).parts()
     return {part: model.add_parameter(f"{name}.{part}", weight, like=like) for part, weight in made.items()}
 
 
