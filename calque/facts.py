@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from calque.source import ModelSource
     from calque.traced import TracedModel
 
+# Of many weights alike, as many are named.
+FEW = 2
 EMBEDDINGS, HEAD, TIED, NORM = "embeddings", "head", "embeddings and head (tied)", "norm"
 
 
@@ -34,11 +36,11 @@ def quantized_notes(model: TracedModel) -> list[str]:
     fates: dict[tuple[str, str], list[str]] = {}
     for name, (form, fate) in model.quantized.items():
         fates.setdefault((form, fate), []).append(name)
-    return [f"{_counted(names)} of the checkpoint ({form}) {fate}." for (form, fate), names in fates.items()]
+    return [f"Weights that the checkpoint holds as {form}: {_counted(names)} {fate}." for (form, fate), names in fates.items()]
 
 
 def _counted(names: list[str]) -> str:
-    return f"1 weight, {names[0]}," if len(names) == 1 else f"{len(names)} weights, {names[0]} and others,"
+    return f"{len(names)} ({', '.join(names[:FEW])}{', …' if len(names) > FEW else ''})"
 
 
 def count_parameters(model: TracedModel) -> int:

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 LONGEST_GROUP = 256
 
 # What becomes of a weight that a checkpoint holds in another form, as the report says it.
-NUMBERS = "are dequantized: the artifact holds numbers"
-KEPT = "are kept exactly: the artifact's integers and scales are the checkpoint's own"
+NUMBERS = "dequantized, the artifact holds numbers"
+KEPT = "kept exactly, integers and scales are the checkpoint's own"
 
 
 def anew(scheme: Scheme) -> str:
     """Return what the report says of weights that are quantized a second time."""
-    return f"are dequantized and quantized anew as {scheme}, which loses a second time"
+    return f"dequantized and quantized anew as {scheme}, which loses a second time"
 
 
 @dataclass(frozen=True)

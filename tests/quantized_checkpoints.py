@@ -125,7 +125,14 @@ def gptq(
 
 def awq(folder: Path, group: int = 32) -> Written:
     """Write AWQ, gemm version: word j of an input holds outputs 8j + 0 2 4 6 1 3 5 7, from its lowest nibble on."""
-    settings = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm", "modules_to_not_convert": None}
+    settings = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": group,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": None,
+    }
 
     def words(numbers: Numbers) -> Numbers:
         made = np.zeros((numbers.shape[0], numbers.shape[1] // 8), np.uint32)
