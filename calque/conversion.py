@@ -13,6 +13,7 @@ from calque.calibration_text import read_rows
 from calque.errors import TargetUnavailable, Unsupported, UsageError
 from calque.recipe import Recipe, unbuilt_settings
 from calque.source import ModelSource
+from calque.stored_integers import NUMBERS, form_of
 from calque.targets import Target
 from calque.tasks import POOLED
 from calque.traced import TracedModel
@@ -119,6 +120,7 @@ class Conversion:
         """Return the traced model, its ledger balanced, its limits those of the recipe too, with the text it is measured on."""
         model = converters.load(self.source.task)(self.source)
         model.weights.check()
+        model.quantized = {name: (form, NUMBERS) for name, weight in model.weights.entries.items() if (form := form_of(weight))}
         model.limits = self.bounded(model.limits)
         if given := self.recipe.calibration:
             longest = min(filter(None, (model.limits.max_length, model.trained_length)), default=None)

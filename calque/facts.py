@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from calque.weights import DTYPES, torch_dtype_name
+from calque.weights import torch_dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,16 +14,33 @@ if TYPE_CHECKING:
     from calque.source import ModelSource
     from calque.traced import TracedModel
 
+# Of many weights alike, as many are named.
+FEW = 2
 EMBEDDINGS, HEAD, TIED, NORM = "embeddings", "head", "embeddings and head (tied)", "norm"
 
 
 def source_facts(source: ModelSource, described: Mapping[str, Any], parameters: int) -> dict[str, Any]:
-    """Return what the manifest says of the source, and its type, task, number of parameters and stored dtypes, most bytes first."""
+    """Return what the manifest says of the source, and its type, task, parameters and forms of weights, most bytes first."""
+    from calque.stored_integers import Dequantized
+
     stored: Counter[str] = Counter()
-    for tensor in source.tensors.values():
-        stored[DTYPES[tensor.dtype][0]] += tensor.nbytes
+    for name, weight in source.weights.items():
+        tensors = weight.stored if isinstance(weight, Dequantized) else (source.tensors[name],)
+        stored[weight.form if isinstance(weight, Dequantized) else torch_dtype_name(weight)] += sum(tensor.nbytes for tensor in tensors)
     facts = {"model_type": source.config.model_type, "task": source.task.name, "parameters": parameters}
     return {**described, **facts, "dtype": ", ".join(name for name, _ in stored.most_common())}
+
+
+def quantized_notes(model: TracedModel) -> list[str]:
+    """Return what became of the weights that a checkpoint holds in another form than numbers, one sentence a form and fate."""
+    fates: dict[tuple[str, str], list[str]] = {}
+    for name, (form, fate) in model.quantized.items():
+        fates.setdefault((form, fate), []).append(name)
+    return [f"Weights that the checkpoint holds as {form}: {_counted(names)} {fate}." for (form, fate), names in fates.items()]
+
+
+def _counted(names: list[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:FEW])}{', …' if len(names) > FEW else ''})"
 
 
 def count_parameters(model: TracedModel) -> int:

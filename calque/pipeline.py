@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -13,7 +14,8 @@ from typing import Any
 
 from calque import __version__, facts, passes, plugins, preflight, targets
 from calque.artifact import MANIFEST, REPORT, Artifact, Check, Proof, file_sha256
-from calque.companions import licence_note
+from calque.checkpoint import read_json
+from calque.companions import CONFIG, licence_note
 from calque.conversion import Conversion, open_target, resolve, use_threads
 from calque.errors import TargetUnavailable, Unsupported
 from calque.recipe import Recipe
@@ -105,7 +107,7 @@ def emit(conversion: Conversion, folder: Path, stages: Stages) -> tuple[Artifact
         limits=limits,
     )
     artifact, more = targets.finish(target, artifact, source.config)
-    return artifact, report.noted(*notes, *more, conversion.shortened(limits))
+    return artifact, report.noted(*notes, *more, *facts.quantized_notes(model), conversion.shortened(limits))
 
 
 def prove(conversion: Conversion, artifact: Artifact, report: Report, scratch: Path, stages: Stages) -> tuple[Proof, Report]:
@@ -153,6 +155,10 @@ def copy_companions(source: ModelSource, folder: Path) -> list[str]:
         destination = folder / path.relative_to(source.folder)
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, destination)
+    if source.quantization is not None:
+        # The artifact's weights are no longer in that format: a loader told otherwise would look for them.
+        table = {key: value for key, value in read_json(source.folder / CONFIG).items() if key != "quantization_config"}
+        (folder / CONFIG).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     return [complete_tokenizer(source.folder, folder, source.trust_remote_code), licence_note(source.folder)]
 
 

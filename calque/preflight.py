@@ -78,7 +78,7 @@ def require_disk(source: ModelSource, folder: Path, precision: str = "fp32") -> 
     Raises:
         WontFit: how much is needed and how much is free.
     """
-    elements = sum(math.prod(stored.shape) for stored in source.tensors.values())
+    elements = sum(math.prod(stored.shape) for stored in source.weights.values())
     takes, free = elements * BYTES[precision] + companion_bytes(source), shutil.disk_usage(folder).free
     if takes > free:
         raise WontFit(
@@ -99,14 +99,14 @@ def require_tensors(source: ModelSource) -> None:
         WeightMismatch: what the config promises, and what the checkpoint holds.
     """
     found = _sizes(source.config)
-    longest = max((max(stored.shape, default=0) for stored in source.tensors.values()), default=0)
+    longest = max((max(stored.shape, default=0) for stored in source.weights.values()), default=0)
     wrong = [
         f"{name}: {found[name]}  no tensor has an axis longer than {longest}"
         for name in ("vocab_size", "hidden_size")
         if found.get(name, 0) > longest
     ]
-    if (layers := found.get("num_hidden_layers", 0)) > len(source.tensors):
-        wrong.append(f"num_hidden_layers: {layers}  there are {len(source.tensors)} tensors in all")
+    if (layers := found.get("num_hidden_layers", 0)) > len(source.weights):
+        wrong.append(f"num_hidden_layers: {layers}  there are {len(source.weights)} tensors in all")
     if wrong:
         fix = "check that config.json and the weights belong together, and that every shard is there"
         raise WeightMismatch(f"config.json of {source.id} promises what the checkpoint cannot hold", wrong, fix)

@@ -164,6 +164,10 @@ class QuantizedWeight:
         """Return the weight rounded to the nearest integers."""
         return cls(weight, scheme, partial(quantize, scheme=scheme))
 
+    def quantized(self) -> Quantized:
+        """Return the integers, made now."""
+        return self.make(self.weight.read())
+
     def parts(self) -> dict[Part, Derived]:
         """Return the weights of the table: q, scale and, where they are asymmetric, zero_point."""
         rows, columns = self.weight.shape
@@ -175,7 +179,7 @@ class QuantizedWeight:
         """Return the float weight that the integers stand for."""
 
         def read() -> Tensor:
-            made = self.make(self.weight.read())
+            made = self.quantized()
             return dequantize(made.q, made.scale, made.zero_point, self.scheme.group)
 
         return Derived((), f"dequantize({self.scheme})", read, "float32", tuple(self.weight.shape), moved=False)
@@ -186,7 +190,7 @@ class QuantizedWeight:
     def _read(self, name: Part) -> Tensor:
         if name in self._kept:
             return self._kept.pop(name)
-        made = self.make(self.weight.read())
+        made = self.quantized()
         parts: dict[Part, Tensor | None] = {"q": made.q, "scale": made.scale, "zero_point": made.zero_point}
         self._kept = {other: part for other, part in parts.items() if part is not None and other not in ("q", name)}
         found = parts[name]

@@ -11,14 +11,15 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, cast
 
 from calque import checkpoint, hub, preflight, sentence, tasks, unreadable
 from calque.companions import CARD, CONFIG, companion_files
-from calque.errors import SourceUnreadable, Unsupported, UsageError, WeightMismatch
+from calque.errors import SourceUnreadable, Unsupported, UsageError
 from calque.tasks import Task
-from calque.weights import Stored
+from calque.weights import Stored, Weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -35,7 +36,8 @@ class ModelSource:
 
     ``id`` is ``org/name``, ``builtin:name`` or a local folder's name, never a path, for the manifest holds it.
     ``revision`` is the resolved commit of a hub model. ``folder`` holds config.json, the tokenizer and the weights.
-    ``task`` says which of the model's classes is meant.
+    ``task`` says which of the model's classes is meant. ``quantization``: what the config says of how the checkpoint was
+    quantized; ``config`` no longer says it, for it is that of the model whose weights are numbers.
     """
 
     id: str
@@ -46,6 +48,7 @@ class ModelSource:
     tensors: Mapping[str, Stored]
     trust_remote_code: bool
     random_weights: bool
+    quantization: Mapping[str, Any] | None = None
 
     @classmethod
     def resolve(
@@ -76,6 +79,8 @@ class ModelSource:
         with _explained(model):
             place = _locate(model, random_weights, trust_remote_code)
             config = _read_config(place.folder, trust_remote_code)
+            quantization = None if random_weights else _quantization(config, place.id)
+            config.__dict__.pop("quantization_config", None)
         folder = place.folder
         meant = tasks.find(task) if task else tasks.infer(config, pooled=(folder / sentence.MODULES).is_file())
         _check_task(config, meant, place.id, trust_remote_code)
@@ -85,7 +90,21 @@ class ModelSource:
             hub.fetch_weights(place.id, place.revision, folder)
         with _explained(model):
             tensors = checkpoint.read_headers(folder)
-        return cls(place.id, place.revision, folder, config, meant, tensors, trust_remote_code, random_weights)
+        return cls(place.id, place.revision, folder, config, meant, tensors, trust_remote_code, random_weights, quantization)
+
+    @cached_property
+    def weights(self) -> Mapping[str, Weight]:
+        """The checkpoint's weights by name: its tensors, those of a quantized layer as one weight of numbers.
+
+        Raises:
+            Unsupported: it is quantized in a way that cannot be read.
+            SourceUnreadable: quantized weights lack their scales.
+        """
+        if self.quantization is None:
+            return self.tensors
+        from calque.quantized_checkpoint import joined
+
+        return joined(self.tensors, self.quantization, self.id)
 
     def sha256(self) -> str:
         """Return the hex SHA-256 of config.json and all weight files; it depends on their bytes and names alone."""
@@ -118,55 +137,28 @@ class ModelSource:
     def load_eager(self, dtype: str = "float32") -> PreTrainedModel:
         """Return the untouched model, all of its weights loaded, for inference in ``dtype`` (torch's name).
 
-        Attention and experts are the plain loops: the others differ between devices, or refuse float64.
+        Attention and experts are the plain loops: the others differ between devices, or refuse float64. A quantized checkpoint is
+        loaded into the plain architecture as the numbers that it stands for: the vendors' kernels round on, and most need a GPU.
 
         Raises:
             WeightMismatch: parameters that the checkpoint does not hold.
             SourceUnreadable: transformers cannot load the checkpoint.
         """
-        import torch
-        import transformers
-        from safetensors import SafetensorError
+        from calque.eager_loading import load
 
-        try:
-            with _without_words_of_transformers():
-                loaded: Any = getattr(transformers, self.auto_class).from_pretrained(
-                    self.folder,
-                    dtype=getattr(torch, dtype),
-                    attn_implementation="eager",
-                    experts_implementation="eager",
-                    trust_remote_code=self.trust_remote_code,
-                    local_files_only=not self.trust_remote_code,
-                    output_loading_info=True,
-                    **self.model_options(),
-                )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            fix = "check that config.json and the weights belong together"
-            if not (self.folder / CONFIG).is_file():
-                raise SourceUnreadable(f"{self.folder} cannot be read any more", fix="leave it as it is during a conversion") from error
-            raise SourceUnreadable(f"transformers cannot load {self.id}: {error}", fix=fix) from error
-        model, report = loaded
-        # transformers would fill these with random values and go on.
-        if missing := sorted(report["missing_keys"]):
-            fix = "check that config.json and the weights belong together"
-            raise WeightMismatch(f"{len(missing)} parameters of {self.id} have no bytes", missing, fix)
-        return cast("PreTrainedModel", model.eval().requires_grad_(False))
+        return load(self, dtype)
 
 
-@contextlib.contextmanager
-def _without_words_of_transformers() -> Iterator[None]:
-    """Keep its bar, and its report of what the checkpoint lacks or has besides, which errors and the ledger say, off the terminal."""
-    from transformers.utils import logging
+def _quantization(config: PreTrainedConfig, origin: str) -> Mapping[str, Any] | None:
+    """Return what the config says of the checkpoint's quantization; one that cannot be read is refused before weights are fetched."""
+    found: Any = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    from calque.quantized_checkpoint import formats_of
 
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    table: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    formats_of(table, origin)
+    return table
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ class TracedModel:
     calibrations: dict[Any, Any] = field(default_factory=dict)
     # A folder for what measuring keeps in files; None: the system's own.
     scratch: Path | None = None
+    # Parameters that the checkpoint holds in another form than numbers: by name, that form and what becomes of it, in words.
+    quantized: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
@@ -289,6 +291,7 @@ class TracedModel:
             weights=replace(self.weights, entries=dict(self.weights.entries)),
             replaced=dict(self.replaced),
             blocks=dict(self.blocks),
+            quantized=dict(self.quantized),
         )
 
 

@@ -72,7 +72,7 @@ def trace(source: ModelSource) -> TracedModel:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = build(source, mode)
     limits, _ = patches.apply(model)
-    table = weight_table(model, source.tensors, source.id)
+    table = weight_table(model, source.weights, source.id)
     layers = record_layers(model, mode)
     program = export(model, mode, layers)
     states = tuple(spec for layer, sizes in layers.items() for spec in key_value_states(layer, *sizes, window=None))
@@ -96,8 +96,6 @@ def trace(source: ModelSource) -> TracedModel:
 def guard(source: ModelSource) -> None:
     """Leave quietly if keys and values are all the state that the config's model needs."""
     config = source.config
-    if getattr(config, "quantization_config", None) is not None:
-        raise Unsupported(f"{source.id} is a quantized checkpoint, which this release cannot read", fix="convert the unquantized model")
     kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ()) - KEY_VALUE_LAYERS
     if kinds:
         raise Unsupported(

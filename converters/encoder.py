@@ -72,7 +72,7 @@ def trace(source: ModelSource) -> TracedModel:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = causal_lm.build(source, mode)
     limits, _ = patches.apply(model)
-    table = weight_table(model, source.tensors, source.id, _other_heads(model, list(source.tensors)))
+    table = weight_table(model, source.weights, source.id, _other_heads(model, list(source.tensors)))
     segments = _tells_segments_apart(model)
     names = _output_names(model, source, mode, segments)
     program = _export(model, mode, names, segments)

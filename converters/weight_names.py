@@ -18,8 +18,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
-from calque.weights import DTYPES, Derived, Stored, Weight, WeightTable, cast, torch_dtype_name
+from calque.errors import Unsupported
+from calque.stored_integers import Dequantized
+from calque.weights import Derived, Stored, Weight, WeightTable, cast, torch_dtype_name
 
 # Tensors that old checkpoints hold and no model needs: masks and rotary tables that are computed from the config.
 WAIVED = (
@@ -41,7 +44,7 @@ class _Conversion:
     """The checkpoint tensors that one rule turns into one group of parameters."""
 
     converter: WeightConverter
-    parts: list[tuple[str, Stored]] = field(default_factory=list)
+    parts: list[tuple[str, Weight]] = field(default_factory=list)
 
     def run(self, name: str, model: PreTrainedModel, tensors: list[torch.Tensor], keys: list[str]) -> dict[str, torch.Tensor]:
         """Return the parameters that the rule makes of ``tensors``, by full name."""
@@ -54,7 +57,7 @@ class _Conversion:
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
 
-def weight_table(model: PreTrainedModel, tensors: Mapping[str, Stored], origin: str, waived: Sequence[str] = ()) -> WeightTable:
+def weight_table(model: PreTrainedModel, tensors: Mapping[str, Weight], origin: str, waived: Sequence[str] = ()) -> WeightTable:
     """Return the table of ``model``, whose parameters are fake, over the ``tensors`` of a checkpoint.
 
     Every entry has the dtype of its parameter in ``model``. Tied names share one entry. ``required`` is left empty: the
@@ -62,9 +65,23 @@ def weight_table(model: PreTrainedModel, tensors: Mapping[str, Stored], origin: 
     """
     state = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent_buffers(model)}
     entries, unused = _match(model, tensors, state, waived)
+    _require_linear(model, entries, origin)
     table: dict[str, Weight] = {name: cast(weight, _name(state[name])) for name, weight in entries.items()}
     _tie(model, state, table)
     return WeightTable(table, unused=tuple(unused), available=tuple(tensors), origin=origin)
+
+
+def _require_linear(model: PreTrainedModel, entries: Mapping[str, Weight], origin: str) -> None:
+    """Leave quietly if what is quantized is not the weight of a product that lies [in, out]: formats hold [out, in].
+
+    Raises:
+        Unsupported: every such weight.
+    """
+    turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    if found := [name for name, weight in entries.items() if name in turned and isinstance(weight, Dequantized)]:
+        raise Unsupported(
+            f"{origin} has quantized weights that its model holds the other way round", found, "convert the model that was not quantized"
+        )
 
 
 def _name(tensor: torch.Tensor) -> str:
@@ -82,7 +99,7 @@ def _persistent_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _match(
-    model: PreTrainedModel, tensors: Mapping[str, Stored], state: Mapping[str, Any], waived: Sequence[str]
+    model: PreTrainedModel, tensors: Mapping[str, Weight], state: Mapping[str, Any], waived: Sequence[str]
 ) -> tuple[dict[str, Weight], list[str]]:
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -118,7 +135,7 @@ def _match(
 def _derived(name: str, group: _Conversion, keys: list[str], model: PreTrainedModel) -> dict[str, Weight]:
     """Return the weights a rule makes, their shapes found by running it on tensors without bytes."""
     sources = tuple(stored for _, stored in group.parts)
-    shapes = [torch.empty(s.shape, dtype=getattr(torch, DTYPES[s.dtype][0]), device="meta") for s in sources]
+    shapes = [torch.empty(s.shape, dtype=getattr(torch, torch_dtype_name(s)), device="meta") for s in sources]
     made = group.run(name, model, shapes, keys)
     operation = "+".join(type(step).__name__ for step in group.converter.operations)
 

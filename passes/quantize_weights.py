@@ -12,6 +12,7 @@
 
     left    weights of other operators (convolutions), rows that no group of 16 or more divides, what an override keeps; the
             product that chooses experts, which is small: what it rounds would send tokens elsewhere
+    kept    integers of a quantized checkpoint that have the bits asked for, in groups of their own
 
 It goes first: parameters then have the names of the checkpoint, and what joins layers joins their integers. Activations stay as
 they are. The integers are those of every target.
@@ -24,7 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ from calque.passes import Rewrites
 from calque.patterns import aten
 from calque.products import Reading, products_behind, readings
 from calque.quantization import SHORTEST_GROUP, Part, QuantizedWeight, Scheme, quantize
+from calque.stored_integers import KEPT, Dequantized, KeptWeight, anew
 from calque.traced import call, user_nodes
 from calque.weights import Derived, Weight
 
@@ -61,7 +63,8 @@ class QuantizeWeights:
     ``search``: narrower ranges are tried as well. ``embedding``, ``head``: what tables and the last product are stored as; where
     both are one weight, ``head`` says. ``router``: products that choose experts. ``overrides``: what the weights are stored as
     whose names fit a pattern, the first that does. ``method``: ``nearest`` rounds to nearest; ``awq`` and ``gptq`` measure the model on
-    text first. ``auto`` is nearest without such text.
+    text first. ``auto`` is nearest without such text. ``stored``: which integers of a quantized checkpoint
+    are kept as they are; others are dequantized and quantized anew.
     """
 
     bits: Literal[4, 8] = 4
@@ -73,6 +76,7 @@ class QuantizeWeights:
     router: Storage = "keep"
     overrides: dict[str, Storage] = field(default_factory=dict)
     method: Literal["auto", "nearest", "awq", "gptq"] = "auto"
+    stored: Literal["any", "symmetric", "none"] = "any"
 
     after: ClassVar[frozenset[str]] = frozenset()
 
@@ -96,7 +100,7 @@ class QuantizeWeights:
         routers = products_behind(user_nodes(model.graph.nodes, aten.topk.default))
         for owners in _owners(model):
             read = _reading(owners)
-            found = read if isinstance(read, str) else self._scheme(owners, read, heads, routers)
+            found = read if isinstance(read, str) else self._scheme(model, owners, read, heads, routers)
             if isinstance(read, str) or isinstance(found, str):
                 skipped.append((owners[0][0], str(found)))
             else:
@@ -107,11 +111,14 @@ class QuantizeWeights:
             stored, make = model.weights[name], partial(quantize, scheme=scheme)
             if calibration and weight in measured:
                 make = partial(calibration.quantized, measured[weight])
-            made = QuantizedWeight(read.rows(_as_stored(stored)), scheme, make)
+            laid = read.rows(_as_stored(stored))
+            made = KeptWeight.of(laid) if _is_kept(laid, scheme) else QuantizedWeight(laid, scheme, make)
             parts = {part: model.add_parameter(f"{name}.{part}", held, like=weight) for part, held in made.parts().items()}
             for owner, node in owners:
                 _replace(model, node, parts, scheme, read)
                 model.replaced[owner] = read.restored(made.dequantized(), stored.shape)
+                if owner in model.quantized:
+                    model.quantized[owner] = (model.quantized[owner][0], KEPT if isinstance(made, KeptWeight) else anew(scheme))
                 if read.experts == 1:
                     model.blocks[owner] = scheme.block(read.columns(stored.shape))
         if calibration:
@@ -124,7 +131,8 @@ class QuantizeWeights:
         method = CALIBRATED if self.method == "auto" and model.samples else self.method
         if method not in ("awq", "gptq"):
             return None, {}
-        schemes = {node: scheme for owners, _, scheme in planned if len(owners) == 1 for _, node in owners if len(node.users) == 1}
+        alone = [(owners[0], read, scheme) for owners, read, scheme in planned if len(owners) == 1 and len(owners[0][1].users) == 1]
+        schemes = {node: scheme for (name, node), read, scheme in alone if not _is_kept(read.rows(_as_stored(model.weights[name])), scheme)}
         products = [product for product in products_of(model) if product.parameter in schemes]
         named = {product.weight: schemes[product.parameter] for product in products}
         key = (method, tuple(named.items()), model.samples)
@@ -136,20 +144,34 @@ class QuantizeWeights:
             )
         return model.calibrations.get(key), {product.parameter: product.weight for product in products}
 
-    def _scheme(self, owners: Owners, read: Reading, heads: set[Node], routers: set[Node]) -> Scheme | str:
+    def _scheme(self, model: TracedModel, owners: Owners, read: Reading, heads: set[Node], routers: set[Node]) -> Scheme | str:
         """Return how the weight is quantized, or why it is not."""
         storage = self._storage(owners, read, heads, routers)
         if storage == "keep":
             return "kept as it is"
-        columns = read.columns(owners[0][1].meta["val"].shape)
+        weight = model.weights[owners[0][0]]
+        if kept := self._kept(read.rows(_as_stored(weight)), BITS[storage], owners):
+            return kept
+        columns = read.columns(weight.shape)
         # A group of a table is read as the product reads it: per channel means a whole row in both.
         scheme = Scheme(BITS[storage], self.group, self.symmetric, self.search and BITS[storage] == 4).fitted(columns)
         return scheme or f"its rows of {columns} divide into no group of {SHORTEST_GROUP} or more"
 
+    def _kept(self, weight: Weight, bits: int, owners: Owners) -> Scheme | None:
+        """Return how the checkpoint itself holds the weight as integers, where they are those asked for or, unless named, narrower."""
+        scheme = weight.scheme if isinstance(weight, Dequantized) else None
+        if scheme is None or self.stored == "none" or (self.stored == "symmetric" and not scheme.symmetric):
+            return None
+        # A head in 4 bits would only become larger in 8.
+        return scheme if scheme.bits == bits or (scheme.bits == self.bits and not self._override(owners)) else None
+
+    def _override(self, owners: Owners) -> Storage | None:
+        fitting = (storage for pattern, storage in self.overrides.items() if any(fnmatchcase(name, pattern) for name, _ in owners))
+        return next(fitting, None)
+
     def _storage(self, owners: Owners, read: Reading, heads: set[Node], routers: set[Node]) -> Storage:
-        for pattern, storage in self.overrides.items():
-            if any(fnmatchcase(name, pattern) for name, _ in owners):
-                return storage
+        if storage := self._override(owners):
+            return storage
         users = {user for _, node in owners for user in node.users}
         if users & heads:
             return self.head
@@ -184,6 +206,11 @@ def _reading(owners: Owners) -> Reading | str:
 def _as_stored(weight: Weight) -> Weight:
     """Return the weight in the type that it is stored in: to integers it goes from there."""
     return weight.sources[0] if isinstance(weight, Derived) and weight.operation == "cast(float32)" else weight
+
+
+def _is_kept(laid: Weight, scheme: Scheme) -> TypeGuard[Dequantized]:
+    """Return whether the scheme is the one in which the checkpoint itself holds the weight."""
+    return isinstance(laid, Dequantized) and laid.scheme is scheme
 
 
 def _divide(model: TracedModel, calibration: Calibration) -> None:
