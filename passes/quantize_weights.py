@@ -26,7 +26,7 @@ from torch.fx import Node
 from calque.passes import Rewrites
 from calque.patterns import aten
 from calque.quantization import SHORTEST_GROUP, Part, QuantizedWeight, Scheme
-from calque.traced import call
+from calque.traced import call, user_nodes
 from calque.weights import Derived, Weight, transpose
 
 if TYPE_CHECKING:
@@ -106,6 +106,16 @@ class QuantizeWeights:
         if any(user in heads for _, node in owners for user in node.users):
             return self.head
         return self.embedding if table else ("int4" if self.bits == 4 else "int8")
+
+
+def stored_as(model: TracedModel) -> dict[str, Storage]:
+    """Return what each weight is stored as that the pass quantized, by the name that it had; tied ones by the first of theirs."""
+    names = {node: name for name, node in model.parameters().items()}
+    found: dict[str, Storage] = {}
+    for node in user_nodes(model.graph.nodes, torch.ops.calque.dequantize_weight.default):
+        q: Any = node.args[0]
+        found[names[q].removesuffix(".q")] = "int4" if node.args[3] == 4 else "int8"
+    return found
 
 
 def _owners(model: TracedModel) -> list[Owners]:
