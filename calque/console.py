@@ -200,10 +200,15 @@ def sensitivity_rows(quality: Mapping[str, Any]) -> tuple[tuple[str, ...], list[
     return header, [(row["layer"], row["stored"], f"{row['loss']:.2e}") for row in quality.get("sensitivity", ())]
 
 
+def quality_tables(quality: Mapping[str, Any]) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+    """Return header and rows of every table of a report's quality that has rows."""
+    tables = (make(quality) for make in (quality_rows, sensitivity_rows, step_rows, promoted_rows))
+    return [(header, rows) for header, rows in tables if rows]
+
+
 def quality_text(quality: Mapping[str, Any]) -> str:
-    """Return the tables of a report's quality that have rows."""
-    tables = [make(quality) for make in (quality_rows, sensitivity_rows, step_rows, promoted_rows)]
-    return "\n\n".join([quality_title(quality), *(table(header, rows) for header, rows in tables if rows)])
+    """Return the tables of a report's quality under what it was measured on."""
+    return "\n\n".join([quality_title(quality), *(table(header, rows) for header, rows in quality_tables(quality))])
 
 
 def report_text(report: Mapping[str, Any]) -> str:
