@@ -157,13 +157,25 @@ def stage_table(stages: Sequence[Mapping[str, Any]]) -> str:
     return table(("stage", "seconds", "peak memory"), rows)
 
 
-QUALITY = ("model", "KL mean", "KL worst", "top-1", "near ties", "perplexity", "original's", "ratio", "greedy tokens", "cosine")
+QUALITY = (
+    "model",
+    "KL mean",
+    "KL worst",
+    "top-1",
+    "near ties",
+    "perplexity",
+    "original's",
+    "ratio",
+    "greedy tokens",
+    "cosine, mean",
+    "cosine, worst",
+)
 
 
 def quality_rows(quality: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return header and rows of what was measured of a model's quality; columns that nothing was measured for are left out."""
     forms = {"kl_mean": ".2e", "kl_worst": ".2e", "top1_agree": ".4f", "near_ties": "", "perplexity": ".3f", "original_perplexity": ".3f",
-             "perplexity_ratio": ".4f", "greedy": "", "cosine_mean": ".6f"}  # fmt: skip
+             "perplexity_ratio": ".4f", "greedy": "", "cosine_mean": ".6f", "cosine_worst": ".6f"}  # fmt: skip
     rows = []
     for row in quality.get("measured", ()):
         greedy = f"{row['greedy_matched']} of {row['greedy_tokens']}" if row.get("greedy_tokens") else None
