@@ -124,10 +124,18 @@ class Calibration(_Settings):
 
 
 class Parity(_Settings):
-    """Which scenarios the artifact must pass: all that its limits allow, or those named."""
+    """Which scenarios the artifact must pass, all that its limits allow or those named; and how good the model must still be."""
 
     scenarios: Annotated[Literal["all"] | tuple[Name, ...], BeforeValidator(_scenarios)] = "all"
     """all, or a list of names such as single-prompt and ragged-left."""
+    text: Name | None = None
+    """File with a text that the model's quality is measured on, relative to the folder that `calque` runs in; left out: random tokens."""
+    max_kl: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)] | None = None
+    """Largest mean KL divergence from the original model, in nats per position; layers are promoted to more bits until it holds."""
+    max_size: Bytes | None = None
+    """Most bytes of the files with graph and weights: 500MB, or a number of bytes."""
+    sensitivity: StrictBool = False
+    """Measure what the model loses by each layer's integers alone."""
 
 
 class Matrix(_Settings):
@@ -278,6 +286,8 @@ class Recipe(_Settings):
         data["model"] = _without_path(self.model)
         if self.calibration:
             data["calibration"]["text"] = Path(self.calibration.text).name
+        if self.parity.text:
+            data["parity"]["text"] = Path(self.parity.text).name
         return data
 
 

@@ -180,6 +180,16 @@ class QuantizeWeights:
         return self.embedding if read.kind == "table" else ("int4" if self.bits == 4 else "int8")
 
 
+def stored_as(model: TracedModel) -> dict[str, Storage]:
+    """Return what each weight is stored as that the pass quantized, by the name that it had; tied ones by the first of theirs."""
+    names = {node: name for name, node in model.parameters().items()}
+    found: dict[str, Storage] = {}
+    for node in user_nodes(model.graph.nodes, torch.ops.calque.dequantize_weight.default):
+        q: Any = node.args[0]
+        found[names[q].removesuffix(".q")] = "int4" if node.args[3] == 4 else "int8"
+    return found
+
+
 def _owners(model: TracedModel) -> list[Owners]:
     """Return the parameters that are float matrices, or several beside each other, tied ones together, each with its name."""
     found: dict[int, Owners] = {}
