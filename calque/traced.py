@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind, Outpu
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from calque import ops  # noqa: F401  # registers torch.ops.calque
+from calque import ops, quantized_ops  # noqa: F401  # registers torch.ops.calque
 from calque.artifact import Limits, TensorSpec
 from calque.states import StateSpec
 from calque.weights import Derived, Weight, WeightTable, rounded, torch_dtype_name
@@ -46,6 +46,8 @@ class TracedModel:
     trained_length: int | None = None
     # Parameters of the untouched model that a pass gave other values: by name, what it would hold to compute the same.
     replaced: dict[str, Weight] = field(default_factory=dict)
+    # Rows of tokens that calibration runs the model on; none where the recipe names no text.
+    samples: tuple[tuple[int, ...], ...] = ()
 
     @property
     def layers(self) -> int:

@@ -102,6 +102,11 @@ def packed_embedding(ids: Any, packed: Any, scale: Any, zero_point: Any, bits: i
     return op.Reshape(rows, ints(0, 0, size))
 
 
+def dynamic_linear(x: Any, q: Any, scale: Any, bias: Any) -> Any:
+    """Return ``DynamicQuantizeMatMul``, which rounds what it is given to the range of each call and multiplies integers."""
+    return contrib("DynamicQuantizeMatMul", [x, q, scale, None, bias])
+
+
 CONTRIB: Table = {
     **STANDARD,
     torch.ops.calque.grouped_attention.default: grouped_attention,
@@ -112,6 +117,7 @@ CONTRIB: Table = {
     torch.ops.calque.quick_gelu.default: quick_gelu,
     torch.ops.calque.packed_linear.default: packed_linear,
     torch.ops.calque.packed_embedding.default: packed_embedding,
+    torch.ops.calque.dynamic_linear.default: dynamic_linear,
     torch.ops.aten.silu.default: quick_gelu,
     torch.ops.aten.linear.default: linear,
 }
