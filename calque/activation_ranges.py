@@ -39,7 +39,8 @@ class ActivationRange:
             inner = self.counts.reshape(-1, 2).sum(1)
             self.counts = torch.nn.functional.pad(inner, (BARS // 4, BARS // 4))
             self.reach *= 2
-        self.counts += torch.histc(x.float().flatten(), BARS, -self.reach, self.reach).to(torch.float64)
+        bar = ((x.flatten().float() + self.reach) * (BARS / (2 * self.reach))).to(torch.int32).clamp_(0, BARS - 1)
+        self.counts += torch.bincount(bar, minlength=BARS)
 
     def bounds(self, method: Method, percentile: float = 100.0, symmetric: bool = False) -> tuple[float, float]:
         """Return the smallest and the largest number that the integers should reach over; 0 lies between.
@@ -79,12 +80,11 @@ class ActivationRange:
         width = 2 * self.reach / BARS
         values = (bars.to(torch.float64) + 0.5) * width - self.reach
         values = values.clamp(self.low, self.high)
-        errors = []
-        for low, high in ranges:
-            scale, zero, smallest, largest = steps(low, high, symmetric)
-            rounded = ((values / scale).round() + zero).clamp(smallest, largest).sub(zero).mul(scale)
-            errors.append(float(((rounded - values).square() * self.counts[bars]).sum()))
-        return ranges[errors.index(min(errors))]
+        chosen = torch.tensor([steps(low, high, symmetric) for low, high in ranges], dtype=torch.float64)
+        scale, zero, smallest, largest = chosen.unsqueeze(-1).unbind(1)
+        rounded = values.div(scale).round_().add_(zero).clamp_(smallest, largest).sub_(zero).mul_(scale)
+        errors = rounded.sub_(values).square_() @ self.counts[bars]
+        return ranges[int(errors.argmin())]
 
 
 def steps(low: float, high: float, symmetric: bool) -> tuple[float, int, int, int]:

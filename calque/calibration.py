@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
+from calque.errors import UsageError
+from calque.tokenizer import FILE
 from calque.traced import TracedModel
 
 aten = torch.ops.aten
@@ -19,6 +22,28 @@ PLACES: dict[Any, tuple[int, int]] = {
     aten.mm.default: (0, 1),
     aten.matmul.default: (0, 1),
 }
+
+
+# Tokens of one row.
+LENGTH = 256
+
+
+def read_samples(text: Path, folder: Path, count: int) -> tuple[tuple[int, ...], ...]:
+    """Return the first ``count`` rows of a text's tokens, by the tokenizer in ``folder``.
+
+    Raises:
+        UsageError: the text cannot be read, or the folder has no tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        words = text.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the text of the calibration cannot be read: {error}", fix="name a file of UTF-8 text") from error
+    if not (folder / FILE).is_file():
+        raise UsageError(f"{folder} has no {FILE}, so that text cannot be read for calibration", fix="calibrate a model with a tokenizer")
+    ids = Tokenizer.from_file(str(folder / FILE)).encode(words, add_special_tokens=False).ids
+    return tuple(tuple(ids[start : start + LENGTH]) for start in range(0, len(ids), LENGTH))[:count]
 
 
 def observe(model: TracedModel, rows: Sequence[Sequence[int]], observer: Callable[[str, Tensor], None]) -> None:

@@ -50,7 +50,9 @@ def open_target(recipe: Recipe) -> Target:
         refused.append(f"layout: {recipe.layout}  {recipe.target} in {recipe.precision} has {', '.join(layouts)}")
     if refused:
         raise Unsupported("the recipe asks for what this version cannot do", list(dict.fromkeys(refused)), "change these settings")
-    passes.check_order(plan_of(recipe, target))
+    passes.check_order(plan := plan_of(recipe, target))
+    if not recipe.calibration and (asking := [passes.name_of(rewrite) for rewrite in plan if passes.calibrated(rewrite)]):
+        raise UsageError(f"{', '.join(asking)} measures on text, and none is given", fix="name a file of text with --calibration FILE")
     if recipe.passes is not None:
         passes.check_precision(recipe.precision, passes.read_plan(recipe.passes), target.passes(recipe.precision))
         if silent := targets.deciding_passes(recipe.target, recipe.options, recipe.precision):
@@ -114,6 +116,10 @@ class Conversion:
         model = converters.load(self.source.task)(self.source)
         model.weights.check()
         model.limits = self.bounded(model.limits)
+        if wanted := self.recipe.calibration:
+            from calque.calibration import read_samples
+
+            model.samples = read_samples(Path(wanted.text), self.source.folder, wanted.samples)
         return model
 
     def rewrite(self, model: TracedModel) -> dict[str, passes.Rewrites]:

@@ -287,8 +287,6 @@ LookUp = Callable[[Recipe], Iterable[Problem]]
 def unbuilt_settings(recipe: Recipe) -> list[str]:
     """Return one line for each setting that the schema knows and this version cannot follow."""
     lines = []
-    if recipe.calibration is not None:
-        lines.append("calibration  no precision that needs it is built")
     if recipe.max_memory is not None:
         lines.append("max_memory  no limit is enforced; leave it out")
     if recipe.matrix is not None:

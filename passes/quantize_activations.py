@@ -65,6 +65,11 @@ class QuantizeActivations:
         if self.mode == "dynamic" and self.symmetric:
             raise ValueError("symmetric: dynamic ranges have a zero point of their own; it belongs to mode: static")
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether ranges are measured on text."""
+        return self.mode == "static"
+
     def apply(self, model: TracedModel) -> Rewrites:
         """Return one rewrite per product.
 
@@ -74,13 +79,16 @@ class QuantizeActivations:
         found, skipped = self._products(model)
         if not found:
             return Rewrites(0, tuple(skipped))
-        ranges = self._measured(model, {name for _, name in found}) if self.mode == "static" else {}
-        made: dict[Node, Node] = {}
+        readers: dict[Node, list[tuple[Node, str]]] = {}
         for product, name in found:
             value: Any = product.args[VALUES[product.target]]
-            if value not in made:
-                made[value] = self._rounded(model, product, value, name, ranges)
-            product.replace_input_with(value, made[value])
+            readers.setdefault(value, []).append((product, name))
+        # What several products read is rounded once, and measured where the first of them reads it.
+        ranges = self._measured(model, {first[0][1] for first in readers.values()}) if self.mode == "static" else {}
+        for value, read in readers.items():
+            rounded = self._rounded(model, read[0][0], value, read[0][1], ranges)
+            for product, _ in read:
+                product.replace_input_with(value, rounded)
         return Rewrites(len(found), tuple(skipped))
 
     def _products(self, model: TracedModel) -> tuple[list[tuple[Node, str]], list[tuple[str, str]]]:

@@ -57,7 +57,9 @@ class OnnxRuntime:
         if self.cache == "static" and self.padding == "none":
             raise ValueError("padding: none belongs to cache: dynamic; slots take padding on the right")
         if self.operators == "standard" and self.activations == "float32":
-            raise ValueError("activations: float32 belongs to operators: fused; of standard ones the runtime says how it multiplies integers")
+            raise ValueError(
+                "activations: float32 belongs to operators: fused; of standard ones the runtime says how it multiplies integers"
+            )
 
     name: ClassVar[str] = "onnxruntime"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "bf16", "int8", "int8-static", "int4")
