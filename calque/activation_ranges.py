@@ -39,7 +39,8 @@ class ActivationRange:
             inner = self.counts.reshape(-1, 2).sum(1)
             self.counts = torch.nn.functional.pad(inner, (BARS // 4, BARS // 4))
             self.reach *= 2
-        bar = ((x.flatten().float() + self.reach) * (BARS / (2 * self.reach))).to(torch.int32).clamp_(0, BARS - 1)
+        # By a power of two: a value's bar is exact, and two bars become one without a remainder.
+        bar = (x.flatten().float() * (BARS / 2 / self.reach)).floor_().to(torch.int32).add_(BARS // 2).clamp_(0, BARS - 1)
         self.counts += torch.bincount(bar, minlength=BARS)
 
     def bounds(self, method: Method, percentile: float = 100.0, symmetric: bool = False) -> tuple[float, float]:

@@ -95,10 +95,11 @@ def dequantize_lookup(ids: Tensor, q: Tensor, scale: Tensor, zero_point: Tensor 
     """
     rows, scales = (q, scale) if axis == 0 else (q.t(), scale if scale.dim() == 1 else scale.t())
     zeros = zero_point if axis == 0 or zero_point is None or zero_point.dim() == 1 else zero_point.t()
-    number = rows[ids].to(torch.float32).unflatten(-1, (-1, group or rows.shape[1]))
+    number = rows[ids].to(torch.float32).reshape(*ids.shape, -1, group or rows.shape[1])
     if zeros is not None:
         number = number - zeros[ids].reshape(*number.shape[:-1], 1).to(torch.float32)
-    return (number * scales[ids].reshape(*number.shape[:-1], 1)).flatten(-2)
+    number = number * scales[ids].reshape(*number.shape[:-1], 1)
+    return number.reshape(*ids.shape, rows.shape[1])
 
 
 @dequantize_lookup.register_fake

@@ -77,7 +77,7 @@ class _Exact:
             self._rename(node.output[1], self._one())
             return []
         elif node.op_type == "MatMulInteger" and self._made_by(node.input[0], "DynamicQuantizeLinear"):
-            return self._dequantized(node.input[1], self._one(), node.output[0], node.input[0], per_output=False)
+            return self._dequantized(node.input[1], self._one(), node.output[0], node.input[0])
         elif node.op_type == "DequantizeLinear":
             if source := self._made_by(node.input[0], "QuantizeLinear"):
                 self._rename(node.output[0], source.input[0])
@@ -106,12 +106,12 @@ class _Exact:
 
         bias = node.input[4] if len(node.input) > 4 else ""
         out = node.output[0] + ".product" if bias else node.output[0]
-        made = self._dequantized(node.input[1], node.input[2], out, node.input[0], per_output=True)
+        made = self._dequantized(node.input[1], node.input[2], out, node.input[0])
         return [*made, helper.make_node("Add", [out, bias], [node.output[0]])] if bias else made
 
-    def _dequantized(self, q: str, scale: str, out: str, value: str, *, per_output: bool) -> list[onnx.NodeProto]:
+    def _dequantized(self, q: str, scale: str, out: str, value: str) -> list[onnx.NodeProto]:
         from onnx import helper
 
-        axis = {"axis": 1} if per_output else {}
-        weight = helper.make_node("DequantizeLinear", [q, scale], [out + ".weight"], **axis)
+        # Of a scale for all the axis says nothing.
+        weight = helper.make_node("DequantizeLinear", [q, scale], [out + ".weight"], axis=1)
         return [weight, helper.make_node("MatMul", [value, weight.output[0]], [out])]

@@ -192,11 +192,12 @@ def dequantize_lookup(ids: Any, q: Any, scale: Any, zero_point: Any, axis: int, 
         found = op.Gather(part, ids, axis=at)
         return op.Transpose(found, perm=[*range(1, rank + 1), 0]) if at else found
 
-    number = op.Cast(entries(q, False), to=FLOAT)
+    number: Any = op.Cast(entries(q, False), to=FLOAT)
     if group:
         number = op.Reshape(number, ints(*[0] * rank, size // group, group))
     if zero_point is not None:
-        number = op.Sub(number, op.Cast(op.Unsqueeze(entries(zero_point, not group), ints(-1)), to=FLOAT))
+        zero: Any = op.Cast(op.Unsqueeze(entries(zero_point, not group), ints(-1)), to=FLOAT)
+        number = op.Sub(number, zero)
     number = op.Mul(number, op.Unsqueeze(entries(scale, not group), ints(-1)))
     return op.Reshape(number, ints(*[0] * rank, size)) if group else number
 

@@ -121,7 +121,7 @@ class OnnxRuntime:
         from calque.passes.quantize_activations import QuantizeActivations
         from calque.passes.quantize_weights import QuantizeWeights
 
-        if self.activations != "int8" and precision == "int8-static" or self.activations == "dynamic" and precision != "int8":
+        if (self.activations != "int8" and precision == "int8-static") or (self.activations == "dynamic" and precision != "int8"):
             raise UsageError(f"activations: {self.activations} does not go with precision: {precision}", fix="leave one of the two out")
         weights = QuantizeWeights(**QUANTIZED[precision])
         if precision == "int8-static":
