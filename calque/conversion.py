@@ -56,7 +56,9 @@ def open_target(recipe: Recipe) -> Target:
         refused.append(f"layout: {recipe.layout}  {recipe.target} in {recipe.precision} has {', '.join(layouts)}")
     if refused:
         raise Unsupported("the recipe asks for what this version cannot do", list(dict.fromkeys(refused)), "change these settings")
-    passes.check_order(plan_of(recipe, target))
+    passes.check_order(plan := plan_of(recipe, target))
+    if not recipe.calibration and (asking := [passes.name_of(rewrite) for rewrite in plan if passes.calibrated(rewrite)]):
+        raise UsageError(f"{', '.join(asking)} measures on text, and none is given", fix="name a file of text with --calibration FILE")
     if recipe.passes is not None:
         passes.check_precision(recipe.precision, passes.read_plan(recipe.passes), target.passes(recipe.precision))
         if silent := targets.deciding_passes(recipe.target, recipe.options, recipe.precision):

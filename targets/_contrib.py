@@ -122,6 +122,11 @@ def packed_experts(
     )
 
 
+def dynamic_linear(x: Any, q: Any, scale: Any, bias: Any) -> Any:
+    """Return ``DynamicQuantizeMatMul``, which rounds what it is given to the range of each call and multiplies integers."""
+    return contrib("DynamicQuantizeMatMul", [x, q, scale, None, bias])
+
+
 CONTRIB: Table = {
     **STANDARD,
     torch.ops.calque.grouped_attention.default: grouped_attention,
@@ -133,6 +138,7 @@ CONTRIB: Table = {
     torch.ops.calque.packed_linear.default: packed_linear,
     torch.ops.calque.packed_embedding.default: packed_embedding,
     torch.ops.calque.packed_experts.default: packed_experts,
+    torch.ops.calque.dynamic_linear.default: dynamic_linear,
     torch.ops.aten.silu.default: quick_gelu,
     torch.ops.aten.linear.default: linear,
 }

@@ -70,7 +70,7 @@ class ModelIO:
             pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0,
             # Weights alone are of that precision where an option says that all is computed in float32.
             "fp32" if options.get("arithmetic") == "float32" else artifact.precision,
-            not exact and artifact.precision in QUANTIZED and options.get("activations", "int8") == "int8",
+            not exact and artifact.precision in QUANTIZED and options.get("activations", "int8") != "float32",
         )
 
     @property
