@@ -171,8 +171,10 @@ class QualityGate:
         if parity.max_kl is not None and weights is not None and weights > parity.max_kl:
             lines.append(f"quality: {WEIGHTS}: mean KL {weights:.3g} nats, max_kl is {parity.max_kl:g}, and nothing is left to promote")
         elif parity.max_kl is not None and artifact is not None and artifact > parity.max_kl:
-            why = f"its weights alone have {weights:.3g}, its runtime rounds activations as well"
-            lines.append(f"quality: {ARTIFACT}: mean KL {artifact:.3g} nats, max_kl is {parity.max_kl:g}; {why}")
+            why = f"its weights alone have {weights or 0.0:.3g}, its runtime rounds activations as well"
+            room = parity.max_kl - (artifact - (weights or 0.0))
+            out = f"; --max-kl {room * 0.99:.2g} promotes what makes up for that" if room > 0 and self.conversion.quantizes else ""
+            lines.append(f"quality: {ARTIFACT}: mean KL {artifact:.3g} nats, max_kl is {parity.max_kl:g}; {why}{out}")
         if parity.max_size and (takes := self.about.get("size_bytes", 0)) > parity.max_size:
             lines.append(f"quality: the model's files take {size(takes)}, max_size is {size(parity.max_size)}")
             lines += [

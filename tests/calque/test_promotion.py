@@ -220,6 +220,9 @@ def test_an_artifact_whose_runtime_rounds_too_much_is_not_as_good_as_its_weights
     [line] = gate({"max_kl": 0.1}, 0.05, 0.11, tmp_path).failures()
     assert "artifact: mean KL 0.11 nats, max_kl is 0.1" in line
     assert "its runtime rounds activations" in line
+    assert "--max-kl 0.04 promotes" in line  # less than the 0.06 that rounding costs is left of 0.1
+    [line] = gate({"max_kl": 0.1}, 0.05, 0.3, tmp_path).failures()
+    assert "promotes" not in line  # no weights make up for that
     assert gate({}, 5.0, 5.0, tmp_path).failures() == []
 
 
