@@ -97,9 +97,16 @@ def packed_linear(x: Any, packed: Any, scale: Any, zero_point: Any, bias: Any, b
 
 
 def packed_embedding(ids: Any, packed: Any, scale: Any, zero_point: Any, bits: int, group: int, size: int) -> Any:
-    """Return ``GatherBlockQuantized`` of the bytes that a product reads too, which lie in three axes: a group's scale is one of its row."""
-    scale = op.Unsqueeze(scale, ints(2))
-    rows = contrib("GatherBlockQuantized", [packed, ids, scale, zero_point], bits=bits, block_size=group, gather_axis=0, quantize_axis=2)
+    """Return ``GatherBlockQuantized`` of the bytes that a product reads too, which lie in three axes: a group's scale is one of its row.
+
+    Zero points of 4 bits share bytes with their neighbours along the row, so that the row has to be one axis.
+    """
+    axis = 2 if zero_point is None or bits == 8 else 1
+    if axis == 2:
+        scale, zero_point = (part if part is None else op.Unsqueeze(part, ints(2)) for part in (scale, zero_point))
+    else:
+        packed = op.Reshape(packed, ints(0, -1))
+    rows = contrib("GatherBlockQuantized", [packed, ids, scale, zero_point], bits=bits, block_size=group, gather_axis=0, quantize_axis=axis)
     return op.Reshape(rows, ints(0, 0, size))
 
 
