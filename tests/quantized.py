@@ -12,7 +12,6 @@ from calque import passes
 from calque.artifact import Artifact
 from calque.session import Session
 from calque.targets.onnxruntime import OnnxRuntime
-from calque.traced import TracedModel
 from calque.validation import scenarios
 from calque.validation.compare import compare
 from calque.validation.drive import ModelIO
@@ -23,14 +22,16 @@ from tests.tiny_models import VOCABULARY, source_of, traced
 # What every proof has and no other scenario makes up for: padding, steps over a cache, a row of its own.
 CHOSEN = {"single-prompt", "ragged-left", "ragged-right"}
 
+_KEPT: list[tempfile.TemporaryDirectory[str]] = []
+
 
 class Quantized:
-    """A model as the target writes it; gone with its folder when nothing holds it any more."""
+    """A model as the target writes it."""
 
     def __init__(self, name: str, precision: str = "int4", target: OnnxRuntime | None = None, **options: Any) -> None:
         self.target = target or OnnxRuntime()
-        self._kept = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        self.folder = Path(self._kept.name)
+        _KEPT.append(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        self.folder = Path(_KEPT[-1].name)
         self.name, self.model = name, traced(name)
         plan = passes.with_options(self.target.passes(precision), {f"quantize_weights.{key}": value for key, value in options.items()})
         self.done = passes.run_all(plan, self.model)
@@ -65,8 +66,3 @@ class Quantized:
         rows = [compare(session, io, scenario, references[scenario.name]) for scenario in built]
         assert len(rows) == len(CHOSEN)
         return [f"{row['name']}: {row['reason']}" for row in rows if row["status"] != "passed"]
-
-
-def integers(model: TracedModel) -> set[str]:
-    """The names of the parameters that were stored as integers."""
-    return {name.removesuffix(".q") for name in model.replaced}
