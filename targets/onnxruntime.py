@@ -80,17 +80,16 @@ class OnnxRuntime:
 
         # Last: casts would stand between what the others look for, and tables that they make are weights too.
         cast = (CastPrecision(NARROW[precision], self.arithmetic),) if precision in NARROW else ()
-        quantize = (QuantizeWeights(**QUANTIZED[precision]),) if precision in QUANTIZED else ()
+        experts = FuseExperts(rounded=self.activations == "int8")  # those that a token chose run, and no others
+        quantize = (QuantizeWeights(**QUANTIZED[precision]), experts) if precision in QUANTIZED else ()
         pack = (PackWeights(),) if quantize else ()
         cache = CacheStatic() if self.cache == "static" else CacheDynamic()
         if self.operators == "standard":
             # What follows, in operators of the standard.
             written = (FuseGelu(), FuseRmsNorm(), FuseLayerNorm(), FuseRotary())
             return (DropZeroBias(), *written, cache, SimplifyShapes(), TransposeLinear(), *cast)
-        experts = (FuseExperts(rounded=self.activations == "int8"),) if quantize else ()
         joined = (
             *quantize,  # first, while parameters have the names of the checkpoint
-            *experts,  # those that a token chose run, and no others
             DropZeroBias(),  # an addition less for each
             FuseGelu(),  # up to eight operators an activation become one
             FuseRmsNorm(),  # five operators a norm become one
