@@ -58,6 +58,14 @@ TOLERANCES = {
             factor=2.0,
             reason="float32 with what linear layers read rounded to 8 bits in groups of 32",
         ),
+        Tolerance(
+            "int8 with experts",
+            noise_per_layer=1.2,
+            factor=2.0,
+            reason="as int8, and where two experts score alike a token goes to the other: one position in 200 is past the limit of int8, "
+            "at most 3.6 on 2 layers (mixtral, qwen3_moe, gpt_oss, int4 and int8, 2400 positions each). Rows whose activations are exact "
+            "hold the artifact to the limit of float32",
+        ),
     )
 }
 
