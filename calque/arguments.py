@@ -180,7 +180,13 @@ def _add_convert(command: Parser) -> None:
     where = f"{' or '.join(LAYOUTS)}: which names the model's files have; flat where it is left out"
     to.add_argument("--layout", type=_one_of("layout", LAYOUTS), metavar="LAYOUT", help=where)
     to.add_argument("--calibration", metavar="FILE", help="text that the model is measured on before it is rounded")
-    to.add_argument("--set", type=_assignment, action="append", metavar="KEY=VALUE", help="an option of the target; may be repeated")
+    to.add_argument(
+        "--set",
+        type=_assignment,
+        action="append",
+        metavar="KEY=VALUE",
+        help="an option of the target, or PASS.OPTION of one of its passes; may be repeated",
+    )
     where = "where to write; ./MODEL-TARGET-PRECISION where it is left out. Of several conversions: the folder around theirs"
     to.add_argument("-o", "--output", type=_path, metavar="FOLDER", help=where)
     kept = "skip what is there, proved from the same recipe, model and versions, and undamaged; replace an artifact that is not"

@@ -87,8 +87,16 @@ def resolve(recipe: Recipe, scratch: Path, values: bool = True) -> ModelSource:
 
 
 def plan_of(recipe: Recipe, target: Target, source: ModelSource | None = None) -> tuple[Pass, ...]:
-    """Return the passes: the recipe's, or else the target's; before them those that the recipe or the source ask for by themselves."""
-    listed = target.passes(recipe.precision) if recipe.passes is None else passes.read_plan(recipe.passes)
+    """Return the passes: the recipe's, or else the target's; before them those that the recipe or the source ask for by themselves.
+
+    Raises:
+        RecipeError: an option of a pass that there is not, or that cannot be as it is given.
+        UsageError: an option of a pass that the target does not run.
+    """
+    if recipe.passes is None:
+        listed = passes.with_options(target.passes(recipe.precision), recipe.options)
+    else:
+        listed = passes.read_plan(recipe.passes)
     names = [passes.name_of(rewrite) for rewrite in listed]
     first: list[Pass] = []
     if recipe.logits != "all":

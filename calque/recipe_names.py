@@ -33,7 +33,7 @@ def _targets(recipe: Recipe) -> Iterator[Problem]:
 
 def _options(recipe: Recipe, target: str) -> Iterator[Problem]:
     known = [field.name for field in fields(targets.load(target))]  # type: ignore[arg-type]  # a protocol's classes are dataclasses
-    unknown = [key for key in recipe.options if key not in known]
+    unknown = [key for key in recipe.options if key not in known and "." not in key]
     for key in unknown:
         yield ("options", key), f"target {target} has no such option{nearest(key, known)}; its options: {', '.join(known) or 'none'}"
     if unknown:
@@ -44,6 +44,23 @@ def _options(recipe: Recipe, target: str) -> Iterator[Problem]:
         for line in error.where:
             key, _, message = line.partition(": ")
             yield ("options", key.split(".")[0]), f"target {target}: {message}"
+        return
+    if recipe.passes is None:
+        yield from _options_of_passes(recipe, target)
+
+
+def _options_of_passes(recipe: Recipe, target: str) -> Iterator[Problem]:
+    """Yield what is wrong with the options of each pass; where it differs by precision, the recipe's own counts."""
+    made = targets.make(target, recipe.options)
+    if recipe.precision not in made.precisions:
+        return
+    plan, dotted = made.passes(recipe.precision), [key for key in recipe.options if "." in key]
+    for name in dict.fromkeys(key.partition(".")[0] for key in dotted):
+        keys = [key for key in dotted if key.partition(".")[0] == name]
+        try:
+            passes.with_options(plan, {key: recipe.options[key] for key in keys})
+        except UsageError as error:
+            yield ("options", keys[0]), "; ".join((error.what, *(error.where if isinstance(error, RecipeError) else ()), error.fix))
 
 
 def _passes(recipe: Recipe) -> Iterator[Problem]:

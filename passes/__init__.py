@@ -129,6 +129,56 @@ def load(name: str, options: Mapping[str, Any] | None = None) -> Pass:
     return made
 
 
+def options_of_passes(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what a recipe's options say of passes, by pass and option: those whose name has a dot.
+
+    ``quantize_weights.group: 64`` is the option ``group``; ``quantize_weights.overrides.lm_head.weight: keep`` the entry
+    ``lm_head.weight`` of the mapping ``overrides``.
+
+    Raises:
+        RecipeError: entries of an option that is given as something else than a mapping too.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in options.items():
+        if "." not in key:
+            continue
+        name, option, *entry = key.split(".", 2)
+        given = found.setdefault(name, {})
+        if not entry:
+            given[option] = {**value, **given.get(option, {})} if isinstance(value, Mapping) else value
+            continue
+        entries = given.setdefault(option, {})
+        if not isinstance(entries, dict):
+            raise RecipeError(f"{name}.{option} is given as {entries!r} and entry by entry", fix="leave one of the two out")
+        entries[entry[0]] = value
+    return found
+
+
+def with_options(plan: Sequence[Pass], options: Mapping[str, Any]) -> tuple[Pass, ...]:
+    """Return the plan with what a recipe's options say of its passes; options without a dot are the target's.
+
+    Raises:
+        RecipeError: no such pass, no such option of it, or a value that it cannot take.
+        UsageError: a pass that is not in the plan.
+    """
+    of_passes = options_of_passes(options)
+    here = [name_of(rewrite) for rewrite in plan]
+    for name in of_passes:
+        find(name)
+    if absent := [name for name in of_passes if name not in here]:
+        raise UsageError(
+            f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not among the passes of this target and precision",
+            [f"options: {key}" for key in options if key.partition(".")[0] in absent],
+            f"its passes: {', '.join(here) or 'none'}",
+        )
+    tuned = []
+    for rewrite, name in zip(plan, here, strict=True):
+        own: Any = rewrite
+        kept = {field.name: getattr(rewrite, field.name) for field in fields(own) if field.init}
+        tuned.append(load(name, {**kept, **of_passes[name]}) if name in of_passes else rewrite)
+    return tuple(tuned)
+
+
 def read_plan(entries: Iterable[str | Mapping[str, Any]]) -> tuple[Pass, ...]:
     """Return the passes that a recipe lists, by name or by name and options."""
     plan = []

@@ -182,13 +182,14 @@ def _faults(found: Any, name: str) -> Iterator[str]:
 
 
 def make(name: str, options: Mapping[str, Any]) -> Target:
-    """Return the target called ``name`` with ``options`` as its fields.
+    """Return the target called ``name`` with ``options`` as its fields; those with a dot are options of its passes, and left out.
 
     Raises:
         UsageError: no such target.
         RecipeError: no such option, or a value that it cannot take.
     """
-    made: Target = construct(load(name), options, f"target {name}")
+    own = {key: value for key, value in options.items() if "." not in key}
+    made: Target = construct(load(name), own, f"target {name}")
     return made
 
 
@@ -197,6 +198,9 @@ def deciding_passes(name: str, options: Mapping[str, Any], precision: str) -> li
     listed = make(name, options).passes(precision)
     lines = []
     for key, value in options.items():
+        if "." in key:
+            lines.append(f"options: {key}: {value}")
+            continue
         try:
             without = make(name, {other: given for other, given in options.items() if other != key}).passes(precision)
         except UsageError:

@@ -93,10 +93,10 @@ class OnnxRuntime:
             # What follows, in operators of the standard.
             written = (FuseGelu(), FuseRmsNorm(), FuseLayerNorm(), FuseRotary())
             return (*quantize, DropZeroBias(), *written, cache, SimplifyShapes(), *pack, TransposeLinear(), *cast)
-        experts = (FuseExperts(rounded=self.activations == "int8"),) if quantize else ()
+        experts = (FuseExperts(rounded=self.activations == "int8"),) if quantize else ()  # those that a token chose run, and no others
         joined = (
             *quantize,  # first, while parameters have the names of the checkpoint
-            *experts,  # those that a token chose run, and no others
+            *experts,
             DropZeroBias(),  # an addition less for each
             FuseGelu(),  # up to eight operators an activation become one
             FuseRmsNorm(),  # five operators a norm become one

@@ -30,6 +30,8 @@ RANKED = "logits"
 STEP = 64
 # How the reason begins where the session gave no answer at all.
 SESSION_FAILED = "the session failed"
+# The row of the table of limits for mixtures of experts, whose tokens rounding sends elsewhere.
+EXPERTS = "int8 with experts"
 # How the name of a row ends whose session rounds no activations, where the artifact itself does.
 EXACT = ", activations exact"
 
@@ -110,6 +112,8 @@ def bounds(io: ModelIO, references: Mapping[str, Reference] | None) -> tuple[flo
     if not io.rounded or not references:
         return noise, limit
     rounding = max(reference.rounding for reference in references.values())
+    if io.routed:
+        rounding = max(rounding, tolerance(EXPERTS).noise(io.layers))
     return max(noise, rounding), max(limit, FACTOR * rounding)
 
 

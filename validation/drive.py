@@ -34,7 +34,7 @@ class ModelIO:
     """What the driver must know of a graph; the stages of one conversion share it.
 
     ``outputs`` are those that are no states. ``depth``: how many layers the config says the model has.
-    ``rounded``: the session rounds activations to 8 bits.
+    ``rounded``: the session rounds activations to 8 bits. ``routed``: experts are chosen by what came out of that.
     """
 
     graph: str
@@ -45,6 +45,7 @@ class ModelIO:
     pad_id: int = 0
     precision: str = "fp32"
     rounded: bool = False
+    routed: bool = False
 
     @classmethod
     def of(cls, artifact: Artifact, exact: bool = False) -> ModelIO:
@@ -71,6 +72,7 @@ class ModelIO:
             # Weights alone are of that precision where an option says that all is computed in float32.
             "fp32" if options.get("arithmetic") == "float32" else artifact.precision,
             not exact and artifact.precision in QUANTIZED and options.get("activations", "int8") != "float32",
+            artifact.passes.get("fuse_experts", 0) > 0,
         )
 
     @property

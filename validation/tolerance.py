@@ -52,6 +52,14 @@ TOLERANCES = {
             factor=2.0,
             reason="eager bfloat16 against eager float32 in the same way: at most 2.5e-1 on 2–3 layers, 7.0e-1 on 8, 2.1 on 24, 3.1 on 48",
         ),
+        Tolerance(
+            "int8 with experts",
+            noise_per_layer=1.2,
+            factor=2.0,
+            reason="activations of 8 bits: where two experts score alike a token goes to the other, at one position in 200; "
+            "at most 3.6 on 2 layers (mixtral, qwen3_moe, gpt_oss, int4 and int8, 2400 positions each). Rows whose activations are exact "
+            "hold the artifact to the limit of float32",
+        ),
     )
 }
 
