@@ -62,7 +62,9 @@ def load(folder: Path, trust_remote_code: bool) -> Tokenizer | None:
     if vocabulary is None:
         return None
     try:
-        made: Tokenizer = Tokenizer.from_file(str(vocabulary)) if vocabulary.name == FILE else _convert(folder, vocabulary, trust_remote_code)
+        made: Tokenizer = (
+            Tokenizer.from_file(str(vocabulary)) if vocabulary.name == FILE else _convert(folder, vocabulary, trust_remote_code)
+        )
     except Exception as error:  # the tokenizers library raises Exception itself, and conversions fail as they like
         reason = " ".join(str(error).split())[:300].rstrip(". ") or type(error).__name__
         raise SourceUnreadable(f"{vocabulary} is no tokenizer that can be read: {reason}", fix="fetch it again") from error
