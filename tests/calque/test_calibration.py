@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def test_moments_are_means_over_all_vectors() -> None:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Iterator[ModelSource]:
+def source(tmp_path: Path) -> ModelSource:
     """A tiny model whose tokenizer knows words and puts a mark before a text."""
     folder = save_random(TINY["llama"], tmp_path / "model")
     words = {"<s>": 1, "<unk>": 2, **{f"w{number}": number for number in range(3, 60)}, "a": 60}
@@ -111,7 +111,7 @@ def source(tmp_path: Path) -> Iterator[ModelSource]:
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     made.enable_truncation(4)
     made.save(str(folder / "tokenizer.json"))
-    yield ModelSource.resolve(str(folder), scratch=tmp_path)
+    return ModelSource.resolve(str(folder), scratch=tmp_path)
 
 
 def text_of(path: Path, count: int) -> Path:
@@ -154,7 +154,7 @@ def test_a_model_without_a_tokenizer_cannot_be_calibrated_on_text(tmp_path: Path
 
 def test_tokens_that_the_model_does_not_know_are_refused(source: ModelSource, tmp_path: Path) -> None:
     source.config.vocab_size = 40
-    with pytest.raises(SourceUnreadable, match="gives token 59, the model of .* knows 40"):
+    with pytest.raises(SourceUnreadable, match=r"gives token 59, the model of .* knows 40"):
         read_rows(text_of(tmp_path / "text", 600), source, 8, None)
 
 
