@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.quill.corpus import assemble
@@ -116,8 +117,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, help="text to calibrate on; made of the standard library's documentation if left out")
     parser.add_argument("--out", type=Path, help="folder for methods.md")
+    parser.add_argument("--threads", type=int, default=1, help="threads to compute with; 1 if left out")
     parser.add_argument("--write-text", type=Path, metavar="FILE", help="write the text to calibrate on, and no more")
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     if given.write_text:
         given.write_text.write_text(standard_library_text(), encoding="utf-8")
         return

@@ -74,7 +74,12 @@ def test_weights_of_one_block_are_held_at_a_time(monkeypatch: pytest.MonkeyPatch
     model = traced("llama")
     read: list[int] = []
     once = Stored.read
-    monkeypatch.setattr(Stored, "read", lambda stored: (read.append(stored.offset), once(stored))[1])
+
+    def counted(stored: Stored) -> Tensor:
+        read.append(stored.offset)
+        return once(stored)
+
+    monkeypatch.setattr(Stored, "read", counted)
     counts: dict[str, int] = {}
     observe(model, rows(), lambda weight, _: counts.__setitem__(weight, len(read)))
     # When a product is first seen, weights of later layers have not been read; none is read again for other rows.

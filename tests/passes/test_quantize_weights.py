@@ -195,7 +195,8 @@ def outlying(seed: int, rows: int = 400, size: int = 64) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(size, size, generator=generator) / size**0.5
     large = torch.where(torch.rand(size, generator=generator) < 0.08, 20.0, 1.0)
-    return (torch.randn(rows, size, generator=generator) @ mixing) * large
+    vectors: torch.Tensor = (torch.randn(rows, size, generator=generator) @ mixing) * large
+    return vectors
 
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 16), Scheme(4, 16, symmetric=False), Scheme(4, 0), Scheme(8, 32)], ids=str)
@@ -294,4 +295,4 @@ def test_integers_are_made_anew_or_kept_but_scales_belong_to_them() -> None:
     made = quantize(weight.read(), scheme)
     assert made.zero_point is not None
     for name in ("scale", "q", "zero_point", "scale"):
-        assert torch.equal(parts[name].read(), getattr(made, name))  # type: ignore[index]
+        assert torch.equal(parts[name].read(), getattr(made, name))
