@@ -97,20 +97,21 @@ class Folder:
     def _attended(self, value: Node) -> Fold | None:
         """Find the product that values of attention are the output of, with the heads alone between."""
         heads: Any = value.args[0] if calls(value, aten.reshape.default) else None
-        seen: Any = heads.args[0] if calls(heads, aten.transpose.int) and set(heads.args[1:]) == {1, 2} else None
+        seen: Any = heads.args[0] if heads is not None and _turned(heads) else None
         if not calls(seen, attention) or only_user(heads) is not value or only_user(seen) is not heads:
             return None
         whole = seen.args[2]
         added: Any = whole.args[1] if calls(whole, cache_update) and only_user(whole) is seen else whole
-        if not calls(added, aten.transpose.int) or set(added.args[1:]) != {1, 2} or only_user(added) is None:
+        if not _turned(added) or only_user(added) is None:
             return None
         split: Any = added.args[0]
         if not calls(split, aten.reshape.default) or only_user(split) is not added:
             return None
-        fold = self._product(split.args[0], split)
-        size, queries = added.meta["val"].shape[-1], seen.meta["val"].shape[1]
-        groups = added.meta["val"].shape[1]
-        if fold is None or self.model.weights[fold.rows].shape[0] != groups * size or value.meta["val"].shape[-1] != queries * size:
+        product: Any = split.args[0]
+        fold = self._product(product, split)
+        _, groups, _, size = _shape(added)
+        queries = _shape(seen)[1]
+        if fold is None or _shape(product)[-1] != groups * size or _shape(value)[-1] != queries * size:
             return None
         return Fold(fold.vectors, fold.rows, int(groups), int(queries // groups))
 
@@ -127,6 +128,15 @@ class Folder:
         name = next((name for name, parameter in self.model.parameters().items() if parameter is node), "")
         alone = name and only_user(node) is user and not self.model.weights.tied(name)
         return (name, offset) if alone and len(node.meta["val"].shape) == 1 and node.meta["val"].is_floating_point() else None
+
+
+def _shape(node: Any) -> Any:
+    return node.meta["val"].shape
+
+
+def _turned(node: Any) -> bool:
+    """Return whether a node swaps positions and heads."""
+    return calls(node, aten.transpose.int) and set(node.args[1:]) == {1, 2}
 
 
 def _other_reader(value: Node, products: set[Node]) -> Node | None:

@@ -6,10 +6,12 @@ what becomes of the parameters before a product, which take its scales back.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -141,7 +143,7 @@ class Gptq:
 
     def quantized(self, name: str, weight: Tensor) -> Quantized:
         """Return the integers that were found for the weight."""
-        kept = torch.load(Path(self._folder.name, f"{name}.pt"), weights_only=True)
+        kept = torch.load(self._folder / f"{name}.pt", weights_only=True)
         bits, group = self.schemes[name].bits, self.schemes[name].group or weight.shape[1]
         assert kept["packed"].shape[1] * group == weight.shape[1], name
         return Quantized(unpack(kept["packed"], bits, weight.shape[1]), kept["scale"], kept["zero_point"])
@@ -151,14 +153,15 @@ class Gptq:
         return value
 
     @cached_property
-    def _folder(self) -> TemporaryDirectory[str]:
+    def _folder(self) -> Path:
         """The folder with a file for each weight; it goes when this does."""
-        folder = TemporaryDirectory(dir=self.scratch, prefix="calque-gptq-", ignore_cleanup_errors=True)
+        folder = Path(tempfile.mkdtemp(dir=self.scratch, prefix="calque-gptq-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         stream = Stream(self.model, self.rows, self.products)
         for block in stream.blocks:
             weights = stream.read(block)
             for group in together(block.products):
-                self._round(stream, block, weights, group, Path(folder.name))
+                self._round(stream, block, weights, group, folder)
             stream.pass_through(block, weights)
         return folder
 

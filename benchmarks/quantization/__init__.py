@@ -1,0 +1,1 @@
+"""What storing the weights of a model as integers costs it."""

@@ -22,13 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.quill.corpus import assemble
 from benchmarks.quill.extract import library_documents
 from benchmarks.quill.measure import perplexity
+from calque import passes
 from calque.conversion import Conversion, open_target, resolve
 from calque.recipe import Recipe
+from calque.validation.eager import with_weights
 
 MODEL = "builtin:quill"
 HELD_OUT = "heldout.txt"
@@ -61,20 +64,24 @@ def _method(name: str) -> dict[str, Any]:
     return {"method": "nearest", "search": False} if name == METHODS[0] else {"method": name}
 
 
-def measured(way: Way, text: Path) -> float:
-    """Return the perplexity of the built-in model stored that way."""
-    settings: dict[str, Any] = {"model": MODEL, "target": "onnxruntime", "precision": way.precision}
-    if way.options:
-        settings |= {"passes": [{"quantize_weights": way.options}], "calibration": {"text": str(text)}}
-    recipe = Recipe.of(settings)
-    with tempfile.TemporaryDirectory() as scratch:
-        source = resolve(recipe, Path(scratch))
-        conversion = Conversion(recipe, open_target(recipe), source, Path(scratch))
-        conversion.rewrite(conversion.trace())
-        network: Any = conversion.eager()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(source.folder / "tokenizer.json"))
-        tokens = np.array(tokenizer.encode((source.folder / HELD_OUT).read_text(encoding="utf-8")), dtype=np.uint16)
-        return perplexity(network, [tokens])
+class Measured:
+    """The built-in model, traced once, with a text to calibrate on."""
+
+    def __init__(self, text: Path, scratch: Path) -> None:
+        recipe = Recipe.of({"model": MODEL, "target": "onnxruntime", "precision": "int4", "calibration": {"text": str(text)}})
+        self.source = resolve(recipe, scratch)
+        self.traced = Conversion(recipe, open_target(recipe), self.source, scratch).trace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(self.source.folder / "tokenizer.json"))
+        held_out = (self.source.folder / HELD_OUT).read_text(encoding="utf-8")
+        self.tokens = np.array(tokenizer.encode(held_out), dtype=np.uint16)
+
+    def perplexity(self, way: Way) -> float:
+        """Return the perplexity of the model stored one way."""
+        model = self.traced.copy()
+        if way.options:
+            passes.run([passes.load("quantize_weights", way.options)], model)
+        network: Any = with_weights(self.source.load_eager(), model.replaced)
+        return perplexity(network, [self.tokens])
 
 
 def standard_library_text() -> str:
@@ -84,13 +91,13 @@ def standard_library_text() -> str:
     return text.decode("utf-8", errors="ignore")
 
 
-def table(text: Path) -> Iterator[str]:
+def table(model: Measured) -> Iterator[str]:
     """Yield the lines of the table, each as soon as it is measured."""
     yield "| precision | group | form | method | perplexity | against fp32 |"
     yield "| --- | --- | --- | --- | --- | --- |"
     first = 0.0
     for way in ways():
-        found = measured(way, text)
+        found = model.perplexity(way)
         first = first or found
         yield f"| {way.precision} | {way.group} | {way.form} | {way.method} | {found:.4f} | {100 * (found / first - 1):+.2f} % |"
 
@@ -110,8 +117,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, help="text to calibrate on; made of the standard library's documentation if left out")
     parser.add_argument("--out", type=Path, help="folder for methods.md")
+    parser.add_argument("--threads", type=int, default=1, help="threads to compute with; 1 if left out")
     parser.add_argument("--write-text", type=Path, metavar="FILE", help="write the text to calibrate on, and no more")
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     if given.write_text:
         given.write_text.write_text(standard_library_text(), encoding="utf-8")
         return
@@ -120,7 +129,7 @@ def main() -> None:
         if not given.text:
             text.write_text(standard_library_text(), encoding="utf-8")
         lines = []
-        for line in table(text):
+        for line in table(Measured(text, Path(folder))):
             print(line, flush=True)
             lines.append(line)
     if given.out:

@@ -191,7 +191,16 @@ def test_cells_that_would_share_a_folder_are_refused(read: Any) -> None:
 def test_settings_that_are_not_built_are_named_one_by_one(read: Any) -> None:
     assert unbuilt_settings(Recipe(model="m", target="t")) == []
     lines = unbuilt_settings(read(WHOLE))
-    assert [line.split()[0].rstrip(":") for line in lines] == ["calibration", "max_memory", "matrix"]
+    assert [line.split()[0].rstrip(":") for line in lines] == ["max_memory", "matrix"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_text_to_calibrate_on_is_refused_where_nothing_is_rounded_by_it(precision: Any) -> None:
+    settings = {"model": "m", "target": "t", "calibration": {"text": "a.txt"}}
+    assert unbuilt_settings(Recipe.of({**settings, "precision": "int4"})) == []
+    assert unbuilt_settings(Recipe.of({**settings, "precision": precision})) == [
+        f"calibration  {precision} rounds nothing that a text could be measured for"
+    ]
 
 
 @pytest.mark.parametrize(
