@@ -80,4 +80,5 @@ def test_checkpoint_stands_for_the_numbers_that_its_own_package_reads(case: str,
     (folder / "expected.pt").unlink()
     convert(Recipe(model=str(folder), target="onnxruntime", precision=precision or "int4"), tmp_path / "out")  # type: ignore[arg-type]
     [note] = [note for note in json.loads((tmp_path / "out" / "report.json").read_text())["notes"] if form in note]
-    assert ("14 (" in note) and (("kept exactly" in note) is bool(precision))
+    assert "14 (" in note
+    assert ("kept exactly" in note) is bool(precision)
