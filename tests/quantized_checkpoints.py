@@ -71,8 +71,8 @@ def base(folder: Path, tiny: Tiny = LLAMA) -> dict[str, Numbers]:
     return {name: tensor.numpy() for name, tensor in load_file(folder / FILE).items()}
 
 
-def is_product(name: str, head: bool = False) -> bool:
-    return name.endswith("_proj.weight") or (head and name == "lm_head.weight")
+PRODUCTS = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
+HEAD = "lm_head.weight"
 
 
 def finish(written: Written, tensors: dict[str, Numbers | torch.Tensor], settings: dict[str, Any]) -> Written:
@@ -84,11 +84,17 @@ def finish(written: Written, tensors: dict[str, Numbers | torch.Tensor], setting
     return written
 
 
-def each(folder: Path, settings: dict[str, Any], pack: Callable[[str, Numbers, Written], dict[str, Any]], head: bool = False) -> Written:
+def each(
+    folder: Path,
+    settings: dict[str, Any],
+    pack: Callable[[str, Numbers, Written], dict[str, Any]],
+    products: tuple[str, ...] = PRODUCTS,
+    tiny: Tiny = LLAMA,
+) -> Written:
     """Write a checkpoint whose products ``pack`` turned into tensors by suffix; what is no product is stored as fp16."""
     written, tensors = Written(folder), dict[str, Any]()
-    for name, weight in base(folder).items():
-        if is_product(name, head):
+    for name, weight in base(folder, tiny).items():
+        if name.endswith(products):
             tensors |= {f"{name.removesuffix('.weight')}.{suffix}": value for suffix, value in pack(name, weight, written).items()}
         else:
             tensors[name] = weight.astype(np.float16)
@@ -120,7 +126,7 @@ def gptq(
         stored = (zeros - (1 if version == 1 else 0)) & ((1 << bits) - 1)
         return {"qweight": words_of(q, bits).T, "qzeros": words_of(stored.T, bits), "scales": scales.T, "g_idx": index.astype(np.int32)}
 
-    return each(folder, settings, pack, head)
+    return each(folder, settings, pack, (*PRODUCTS, HEAD) if head else PRODUCTS)
 
 
 def awq(folder: Path, group: int = 32) -> Written:
@@ -172,7 +178,13 @@ def compressed(folder: Path, kind: str = "pack-quantized", bits: int = 4, group:
     return each(folder, settings, pack)
 
 
-def float8(folder: Path, method: str = "fp8", block: tuple[int, int] = (48, 32)) -> Written:
+def float8(
+    folder: Path,
+    method: str = "fp8",
+    block: tuple[int, int] = (48, 32),
+    tiny: Tiny = LLAMA,
+    products: tuple[str, ...] = PRODUCTS,
+) -> Written:
     """Write e4m3 numbers with a scale a block; a block that does not divide the rows is cut off at their end."""
     if method == "fp8":
         settings: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": list(block), "activation_scheme": "dynamic"}
@@ -195,7 +207,7 @@ def float8(folder: Path, method: str = "fp8", block: tuple[int, int] = (48, 32))
         written.numbers[name] = numbers
         return {"weight": stored, "weight_scale_inv" if method == "fp8" else "weight_scale": scales}
 
-    return each(folder, settings, pack)
+    return each(folder, settings, pack, products, tiny)
 
 
 def bitsandbytes_int8(folder: Path) -> Written:

@@ -96,11 +96,6 @@ def with_config(**changes: Any) -> Any:
     return replace(source_of("llama"), config=config)
 
 
-def test_quantized_checkpoint_is_refused() -> None:
-    with pytest.raises(Unsupported, match="is a quantized checkpoint"):
-        causal_lm.guard(with_config(quantization_config={"quant_method": "gptq"}))
-
-
 def test_layers_that_need_other_states_are_all_named() -> None:
     with pytest.raises(Unsupported) as caught:
         causal_lm.guard(with_config(layer_types=["mamba", "full_attention", "conv"]))

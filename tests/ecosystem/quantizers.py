@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import types
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,11 @@ def auto_awq(weight: Tensor, group: int) -> Packed:
         stub = types.ModuleType("awq")
         stub.__path__ = [str(package("awq"))]
         sys.modules["awq"] = stub
-    from awq.modules.linear.gemm import WQLinear_GEMM
-    from awq.utils.packing_utils import dequantize_gemm
-
+    dequantize_gemm = import_module("awq.utils.packing_utils").dequantize_gemm
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight.clone()
     scales, zeros = (part.t().contiguous() for part in steps(weight, 4, group, False))
-    made = WQLinear_GEMM.from_linear(linear, 4, group, False, scales, zeros)
+    made = import_module("awq.modules.linear.gemm").WQLinear_GEMM.from_linear(linear, 4, group, False, scales, zeros)
     return made.state_dict(), dequantize_gemm(made.qweight, made.qzeros, made.scales.float(), 4, group).t()
 
 
@@ -93,32 +92,33 @@ def bitsandbytes(model: Path, folder: Path, **options: Any) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     given: dict[str, Any] = {"dtype": torch.float32, "device_map": "cpu"}
-    AutoModelForCausalLM.from_pretrained(model, quantization_config=BitsAndBytesConfig(**options), **given).save_pretrained(folder)
-    return dict(AutoModelForCausalLM.from_pretrained(folder, **given).dequantize(torch.float32).state_dict())
+    wanted: Any = BitsAndBytesConfig(**options)  # type: ignore[no-untyped-call]
+    AutoModelForCausalLM.from_pretrained(model, quantization_config=wanted, **given).save_pretrained(folder)
+    read: Any = AutoModelForCausalLM.from_pretrained(folder, **given)
+    return dict(read.dequantize(torch.float32).state_dict())
 
 
 def compressed_tensors(model: Path, folder: Path, form: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, apply_quantization_config
-    from compressed_tensors.quantization.utils import calculate_qparams
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    activations = QuantizationArgs(**inputs) if inputs else None
-    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights), input_activations=activations)
-    groups = {"group_0": scheme}
-    apply_quantization_config(
-        loaded, QuantizationConfig(config_groups=groups, ignore=["lm_head"], format=form, quantization_status="frozen")
-    )
+    theirs: Any = import_module("compressed_tensors.quantization")
+    calculate_qparams = import_module("compressed_tensors.quantization.utils").calculate_qparams
+    compressors: Any = import_module("compressed_tensors.compressors")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    activations = theirs.QuantizationArgs(**inputs) if inputs else None
+    scheme = theirs.QuantizationScheme(targets=["Linear"], weights=theirs.QuantizationArgs(**weights), input_activations=activations)
+    given = {"config_groups": {"group_0": scheme}, "ignore": ["lm_head"], "format": form, "quantization_status": "frozen"}
+    theirs.apply_quantization_config(loaded, theirs.QuantizationConfig(**given))
     for module in loaded.modules():
         if hasattr(module, "quantization_scheme"):
             weight = module.weight.data
             parts = weight.reshape(weight.shape[0], -1, weights.get("group_size", weight.shape[1]))
-            scale, zero = calculate_qparams(parts.amin(-1), parts.amax(-1), module.quantization_scheme.weights)
+            low, high = (weight.amin(), weight.amax()) if weights["strategy"] == "tensor" else (parts.amin(-1), parts.amax(-1))
+            scale, zero = calculate_qparams(low, high, module.quantization_scheme.weights)
             module.weight_scale.data.copy_(scale)
             if hasattr(module, "weight_zero_point"):
                 module.weight_zero_point.data.copy_(zero)
-    compressor = ModelCompressor.from_pretrained_model(loaded, quantization_format=form)
+    compressor = compressors.ModelCompressor.from_pretrained_model(loaded, quantization_format=form)
     compressor.compress_model(loaded)
     loaded.save_pretrained(folder)
     compressor.update_config(folder)
@@ -146,7 +146,8 @@ def main() -> None:
     elif method == "fp8":
         expected = fp8(folder)
     else:
-        expected = {"bitsandbytes": bitsandbytes, "compressed-tensors": compressed_tensors}[method](model, folder, **options)
+        by_model: Any = {"bitsandbytes": bitsandbytes, "compressed-tensors": compressed_tensors}[method]
+        expected = by_model(model, folder, **options)
     torch.save({name: tensor.detach().float().clone() for name, tensor in expected.items()}, folder / "expected.pt")
     print(json.dumps(sorted(expected)))
 

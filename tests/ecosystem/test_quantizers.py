@@ -24,6 +24,7 @@ PACKAGES = ("auto-gptq==0.7.1", "autoawq==0.2.9", "bitsandbytes==0.50.2", "compr
 PROGRAM = Path(__file__).with_name("quantizers.py")
 TOKENS = {"num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": True}
 ROWS = {"num_bits": 8, "strategy": "channel", "symmetric": True}
+WHOLE = {"num_bits": 8, "strategy": "tensor", "symmetric": True, "type": "float"}
 GROUPS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 PACKED, PLAIN, FLOATS = "pack-quantized", "int-quantized", "float-quantized"
@@ -36,6 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "gptq-8-bits": ("gptq", {"bits": 8, "group": -1, "symmetric": True}, "gptq int8", "int8"),
     "awq": ("awq", {"group": 32}, "awq int4-asymmetric-g32", "int4"),
     "bitsandbytes-nf4": ("bitsandbytes", NF4, "bitsandbytes nf4", ""),
+    "bitsandbytes-fp4": ("bitsandbytes", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "bitsandbytes fp4", ""),
     "bitsandbytes-int8": ("bitsandbytes", {"load_in_8bit": True}, "bitsandbytes int8", "int8"),
     "packed": ("compressed-tensors", {"form": PACKED, "weights": {**GROUPS, "symmetric": True}, "inputs": None},
                "compressed-tensors int4-g32", "int4"),
@@ -43,6 +45,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str]] = {
                           "compressed-tensors int4-asymmetric-g32", "int4"),
     "integers": ("compressed-tensors", {"form": PLAIN, "weights": {**ROWS, "type": "int"}, "inputs": {**TOKENS, "type": "int"}},
                  "compressed-tensors int8", "int8"),
+    "floats-of-a-tensor": ("compressed-tensors", {"form": FLOATS, "weights": WHOLE, "inputs": {**TOKENS, "type": "float"}},
+                           "compressed-tensors e4m3, one scale a tensor", ""),
     "floats": ("compressed-tensors", {"form": FLOATS, "weights": {**ROWS, "type": "float"}, "inputs": {**TOKENS, "type": "float"}},
                "compressed-tensors e4m3, one scale a row", ""),
     "fp8": ("fp8", {}, "fp8 e4m3, one scale a block of 32x32", ""),
@@ -80,4 +84,5 @@ def test_checkpoint_stands_for_the_numbers_that_its_own_package_reads(case: str,
     (folder / "expected.pt").unlink()
     convert(Recipe(model=str(folder), target="onnxruntime", precision=precision or "int4"), tmp_path / "out")  # type: ignore[arg-type]
     [note] = [note for note in json.loads((tmp_path / "out" / "report.json").read_text())["notes"] if form in note]
-    assert ("14 (" in note) and (("kept exactly" in note) is bool(precision))
+    assert "14 (" in note
+    assert ("kept exactly" in note) is bool(precision)
