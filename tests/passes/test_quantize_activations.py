@@ -60,7 +60,9 @@ def test_second_run_changes_nothing(pass_: QuantizeActivations) -> None:
     assert str(model.graph) == code
 
 
-@pytest.mark.parametrize(("name", "weight"), [("llama", "model.layers.1.mlp.down_proj.weight"), ("gpt2", "transformer.h.1.mlp.c_proj.weight")])
+@pytest.mark.parametrize(
+    ("name", "weight"), [("llama", "model.layers.1.mlp.down_proj.weight"), ("gpt2", "transformer.h.1.mlp.c_proj.weight")]
+)
 def test_static_range_is_that_of_the_text(name: str, weight: str) -> None:
     model, seen = calibrated(name), []
 
