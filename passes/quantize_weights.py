@@ -77,10 +77,11 @@ class QuantizeWeights:
                 skipped.append((name, found))
                 continue
             stored = model.weights[name]
-            made[id(stored)] = _add(model, name, weight, found, _inputs_first(owners))
+            inputs_first = _inputs_first(owners)  # asked before its readers are others
+            made[id(stored)] = _add(model, name, weight, found, inputs_first)
             for owner, node in owners:
                 _replace(model, node, made[id(stored)], found)
-                model.replaced[owner] = _dequantized(stored, found, _inputs_first(owners))
+                model.replaced[owner] = _dequantized(stored, found, inputs_first)
         model.drop_unused_parameters()
         return Rewrites(len(made), tuple(skipped))
 
