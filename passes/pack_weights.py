@@ -99,7 +99,7 @@ class _Packing:
         """Return the parameter that holds what ``function`` makes of that of ``node``."""
         if node not in self.made:
             weight = self.model.weights[self.names[node]]
-            made = Derived((weight,), "pack", function, "uint8", shape, moved=False)
+            made = Derived((weight,), "pack", function, "uint8", shape, moved=False, acts="each row")
             self.made[node] = self.model.add_parameter(f"{self.names[node]}.packed", made, like=node)
         return self.made[node]
 
@@ -110,8 +110,9 @@ class _Packing:
         if node not in self.made:
             weight = self.model.weights[self.names[node]]
             made = Derived(
-                (weight,), f"repeat{count}", lambda one: one.repeat(1, count), torch_dtype_name(weight), (weight.shape[0], count)
-            )
+                (weight,), f"repeat{count}", lambda one: one.repeat(1, count), torch_dtype_name(weight), (weight.shape[0], count),
+                acts="each row",
+            )  # fmt: skip
             self.made[node] = self.model.add_parameter(f"{self.names[node]}.repeated", made, like=node)
             self.names[self.made[node]] = f"{self.names[node]}.repeated"
         return self.made[node]

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import onnx_ir as ir
 import onnx_ir.passes.common as stock
@@ -23,7 +23,7 @@ from calque.errors import Unsupported
 from calque.targets import Problem
 from calque.targets._standard import SLOTS, SLOTS_OPSET, STANDARD, Table
 from calque.traced import TracedModel, source_of
-from calque.weights import Weight, torch_dtype_name
+from calque.weights import Weight, pieces, torch_dtype_name
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -196,14 +196,23 @@ def _bind_weights(lowered: ir.Model, model: TracedModel) -> None:
             del lowered.graph.initializers[name]
             continue
         first[id(weight)] = value
-        value.const_value = _lazy(name, weight)
+        value.const_value = _InPieces(name, weight)
 
 
-def _lazy(name: str, weight: Weight) -> ir.LazyTensor:
-    def read() -> ir.TensorProtocol:
-        return ir.tensor(weight.read().contiguous(), name=name)
+class _InPieces(ir.LazyTensor):
+    """A weight that is written some rows at a time, so that a large one is never whole in memory."""
 
-    return ir.LazyTensor(read, dtype=ir.DataType[DTYPES[torch_dtype_name(weight)]], shape=ir.Shape(weight.shape), name=name)
+    def __init__(self, name: str, weight: Weight) -> None:
+        def read() -> ir.TensorProtocol:
+            return ir.tensor(weight.read().contiguous(), name=name)
+
+        super().__init__(read, dtype=ir.DataType[DTYPES[torch_dtype_name(weight)]], shape=ir.Shape(weight.shape), name=name)
+        self._weight = weight
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Write the bytes of all rows, in order. Numbers lie in files as in memory: little-endian machines alone run torch."""
+        for piece in pieces(self._weight):
+            file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _name(lowered: ir.Model, model: TracedModel) -> None:
