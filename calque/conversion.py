@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calque import converters, passes, sentence, targets
+from calque.choices import NARROW
 from calque.errors import TargetUnavailable, Unsupported, UsageError
 from calque.recipe import Recipe, unbuilt_settings
 from calque.source import ModelSource
@@ -16,6 +17,7 @@ from calque.targets import Target
 from calque.tasks import POOLED
 from calque.traced import TracedModel
 from calque.validation import scenarios
+from calque.weights import cast
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -97,12 +99,14 @@ class Conversion:
     """One recipe on the way to its artifact.
 
     ``replaced``: parameters of the untouched model that passes gave other values, as the last `rewritten` model says.
+    ``block_bytes``: of how many bytes of weights at a time the proof may run the artifact; 0: all of them.
     """
 
     recipe: Recipe
     target: Target
     source: ModelSource
     replaced: dict[str, Weight] = field(default_factory=dict)
+    block_bytes: int = 0
 
     @property
     def plan(self) -> tuple[Pass, ...]:
@@ -137,6 +141,23 @@ class Conversion:
         from calque.validation.eager import in_precision, with_weights
 
         return with_weights(in_precision(self.source.load_eager(), self.recipe.precision), self.replaced)
+
+    def streamed_eager(self) -> Module:
+        """Return the model that `eager` returns, each of its weights read where its code uses it and dropped after."""
+        from calque.converters.untouched import untouched
+        from calque.validation.streamed import streamed
+
+        model, weights = untouched(self.source)
+        if self.recipe.precision in NARROW:
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+            narrow = NARROW[self.recipe.precision]
+            weights |= {name: cast(cast(weights[name], narrow), "float32") for name in parameters}
+        return streamed(model, {**weights, **self.replaced})
+
+    def blocks(self, artifact: Artifact, exact: bool = False) -> Session:
+        """Return a session that runs the artifact some nodes at a time, as the memory allowed asks for."""
+        assert isinstance(self.target, targets.RunsBlocks)
+        return self.target.blocks(artifact, self.recipe.threads, self.block_bytes, exact)
 
     def scenarios(self, limits: Limits, states: tuple[StateSpec, ...]) -> list[Scenario]:
         """Return the scenarios that the recipe chooses among those that fit an artifact of these limits and states.

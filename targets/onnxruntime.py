@@ -182,6 +182,12 @@ class OnnxRuntime:
 
         return ExactSession(artifact, threads) if artifact.precision in QUANTIZED and self.activations == "int8" else None
 
+    def blocks(self, artifact: Artifact, threads: int, nbytes: int, exact: bool = False) -> Session:
+        """Return a session that holds about ``nbytes`` of weights at a time; ``exact``: it rounds no activations."""
+        from calque.targets._blocks import BlockSession
+
+        return BlockSession(artifact, threads, nbytes, exact)
+
     def doctor(self) -> list[tuple[str, str, str]]:
         """Return the packages that emitting and running take."""
         return package_rows({"onnxruntime": "to run", "torch": "to convert", "onnx-ir": "to convert", "onnxscript": "to convert"})
