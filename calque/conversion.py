@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from calque import converters, passes, sentence, targets
 from calque.calibration_text import read_rows
+from calque.choices import NARROW
 from calque.errors import TargetUnavailable, Unsupported, UsageError
 from calque.recipe import Recipe, unbuilt_settings
 from calque.source import ModelSource
@@ -19,6 +20,7 @@ from calque.targets import Target
 from calque.tasks import POOLED
 from calque.traced import TracedModel
 from calque.validation import scenarios
+from calque.weights import cast
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -112,10 +114,10 @@ def plan_of(recipe: Recipe, target: Target, source: ModelSource | None = None) -
 class Conversion:
     """One recipe on the way to its artifact.
 
-    ``replaced``: parameters of the untouched model that passes gave other values, and ``blocks`` as `TracedModel`
-    has them: of the model that was rewritten last. ``scratch``: a folder for what is measured of the model; ``calibrations``: what was,
+    ``replaced``: parameters of the untouched model that passes gave other values, and ``rounding``, as `TracedModel.blocks` is: of the
+    model that was rewritten last. ``scratch``: a folder for what is measured of the model; ``calibrations``: what was,
     for every trace of this conversion. ``promoted``: what weights are stored as, by name, that get more bits than the passes would
-    give them.
+    give them. ``block_bytes``: of how many bytes of weights at a time the proof may run the artifact; 0: all of them.
     """
 
     recipe: Recipe
@@ -123,9 +125,10 @@ class Conversion:
     source: ModelSource
     scratch: Path | None = None
     replaced: dict[str, Weight] = field(default_factory=dict)
-    blocks: dict[str, int] = field(default_factory=dict)
+    rounding: dict[str, int] = field(default_factory=dict)
     calibrations: dict[Any, Any] = field(default_factory=dict)
     promoted: dict[str, str] = field(default_factory=dict)
+    block_bytes: int = 0
 
     @property
     def plan(self) -> tuple[Pass, ...]:
@@ -169,7 +172,7 @@ class Conversion:
     def rewrite(self, model: TracedModel) -> dict[str, passes.Rewrites]:
         """Return what each pass did to the traced model and left alone, by name."""
         done = passes.run_all(self.plan, model)
-        self.replaced, self.blocks = model.replaced, model.blocks
+        self.replaced, self.rounding = model.replaced, model.blocks
         return done
 
     def bounded(self, limits: Limits) -> Limits:
@@ -193,6 +196,23 @@ class Conversion:
         """Tokens that mark a text, which random rows leave out."""
         config = self.source.config.get_text_config().to_dict()
         return {value for name, value in config.items() if name.endswith("token_id") and isinstance(value, int)}
+
+    def streamed_eager(self) -> Module:
+        """Return the model that `eager` returns, each of its weights read where its code uses it and dropped after."""
+        from calque.converters.untouched import untouched
+        from calque.validation.streamed import streamed
+
+        model, weights = untouched(self.source)
+        if self.recipe.precision in NARROW:
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+            narrow = NARROW[self.recipe.precision]
+            weights |= {name: cast(cast(weights[name], narrow), "float32") for name in parameters}
+        return streamed(model, {**weights, **self.replaced})
+
+    def in_blocks(self, artifact: Artifact, exact: bool = False) -> Session:
+        """Return a session that runs the artifact some nodes at a time, as the memory allowed asks for."""
+        assert isinstance(self.target, targets.RunsBlocks)
+        return self.target.blocks(artifact, self.recipe.threads, self.block_bytes, exact)
 
     def scenarios(self, limits: Limits, states: tuple[StateSpec, ...]) -> list[Scenario]:
         """Return the scenarios that the recipe chooses among those that fit an artifact of these limits and states.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import re
 
@@ -36,3 +37,24 @@ def ran_out(error: BaseException) -> bool:
             return True
         cause = _before(cause)
     return False
+
+
+# The number of the setting and the size from which an allocation is a mapping of its own. Source: malloc.h of glibc, mallopt(3).
+_M_MMAP_THRESHOLD, _LARGE = -3, 1 << 20
+
+
+def return_large_buffers() -> None:
+    """From now on what is freed of at least a megabyte goes back to the system at once, where its C library can do that.
+
+    glibc would keep up to 32 MB of what was freed for each size that it met, and as much again for each thread.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE)
+
+
+def trim() -> None:
+    """What was freed goes back to the system, where its C library can do that."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -12,10 +12,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from calque import __version__, facts, passes, plugins, preflight, targets
+from calque import __version__, ceiling, facts, memory_plan, passes, plugins, preflight, targets
 from calque.artifact import MANIFEST, REPORT, Artifact, Check, Proof, file_sha256
 from calque.checkpoint import read_json
 from calque.companions import CONFIG, licence_note
+from calque.console import size
 from calque.conversion import Conversion, open_target, resolve, use_threads
 from calque.errors import TargetUnavailable, Unsupported
 from calque.quality_gate import QualityGate
@@ -31,6 +32,8 @@ TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime"
 
 # What numerics are proved by where the artifact's runtime is not here: the graph after its passes, before the target wrote it.
 STAND_IN = "traced graph"
+# And where it is too large for the memory allowed: the artifact, some of its nodes after the other.
+BLOCKS = "blocks"
 
 
 def silent(_: str) -> None:
@@ -48,7 +51,7 @@ def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Callabl
     check_output(out, force)
     use_threads(recipe)
     stages = Stages(progress)
-    with staging(out, force) as folder:
+    with staging(out, force) as folder, ceiling.under(recipe.max_memory, stages.doing):
         with TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
             with stages("source"):
                 source = resolve(recipe, Path(scratch))
@@ -83,6 +86,7 @@ def emit(conversion: Conversion, model: TracedModel, folder: Path, stages: Stage
             fixes = "; ".join(dict.fromkeys(problem.fix for problem in problems))
             raise Unsupported(f"{target.name} cannot express {source.id}", [str(problem) for problem in problems], fixes)
         preflight.require_cache(model)
+        conversion.block_bytes = memory_plan.require_memory(model, recipe.max_memory, isinstance(target, targets.RunsBlocks))
         # A scenario that this model has not is said before its weights are written.
         conversion.scenarios(model.limits, model.states)
     with stages("lower"):
@@ -119,6 +123,8 @@ def emit(conversion: Conversion, model: TracedModel, folder: Path, stages: Stage
 
 def prove(conversion: Conversion, artifact: Artifact, report: Report, scratch: Path, stages: Stages) -> tuple[Proof, Report]:
     """Return the proof of the artifact against the untouched eager model, and the report with a row per scenario and per layer."""
+    if conversion.block_bytes:
+        return prove_by_blocks(conversion, artifact, report, scratch, stages)
     from calque.validation.drive import ModelIO
     from calque.validation.layers import layer_parity, states_alone, telling_scenario
     from calque.validation.prove import prove as run_scenarios
@@ -129,7 +135,7 @@ def prove(conversion: Conversion, artifact: Artifact, report: Report, scratch: P
     load_eager = cache(conversion.eager)
     with stages("reference"):
         becomes = partial(passes.expected, conversion.plan)
-        expected = store_reference(load_eager, chosen, ModelIO.of(artifact), artifact.folder, scratch, becomes, blocks=conversion.blocks)
+        expected = store_reference(load_eager, chosen, ModelIO.of(artifact), artifact.folder, scratch, becomes, blocks=conversion.rounding)
         states, note = states_alone(load_eager(), shown) if shown else ({}, "")
         load_eager.cache_clear()  # what opens the artifact needs the memory
     with stages("prove"):
@@ -149,6 +155,34 @@ def prove(conversion: Conversion, artifact: Artifact, report: Report, scratch: P
             first = conversion.first_divergence(artifact, chosen, expected, rows)
             proof = replace(proof, failures=(*first, *proof.failures))
     return proof, replace(report, scenarios=tuple(rows), layers=layers).noted(note)
+
+
+def prove_by_blocks(conversion: Conversion, artifact: Artifact, report: Report, scratch: Path, stages: Stages) -> tuple[Proof, Report]:
+    """Return the proof of an artifact that does not fit into the memory allowed: as `prove`, a few weights in memory at a time.
+
+    Eager and artifact compute what they do whole: weights are read where they are used, and the artifact's nodes run some after
+    the other, each in one block. Which layer a failure comes from is not looked for.
+    """
+    from calque.validation.drive import ModelIO
+    from calque.validation.prove import prove as run_scenarios
+    from calque.validation.reference import store_reference
+
+    chosen = conversion.scenarios(artifact.limits, artifact.states)
+    becomes = partial(passes.expected, conversion.plan)
+    with stages("reference"):
+        load, io = conversion.streamed_eager, ModelIO.of(artifact)
+        expected = store_reference(load, chosen, io, artifact.folder, scratch, becomes, blocks=conversion.rounding)
+    with stages("prove"):
+        proof, rows = run_scenarios(artifact, conversion.in_blocks(artifact), chosen, expected)
+        if targets.exact(conversion.target, artifact, conversion.recipe.threads):
+            as_it_is = proof
+            proof, more = run_scenarios(artifact, conversion.in_blocks(artifact, exact=True), chosen, expected, exact=True)
+            proof, rows = proof.joined(as_it_is), [*more, *rows]
+    why = f"the artifact was run in blocks of {size(conversion.block_bytes)} of weights, as more would pass --max-memory"
+    left_out = Check("not_run", artifact.target, why)
+    proof = replace(proof, numerics=replace(proof.numerics, by=BLOCKS), build=left_out, execution=left_out)
+    note = f"Numerics were proved by blocks: {why}. It was not opened whole here, and layers were not compared."
+    return proof, replace(report, scenarios=tuple(rows)).noted(note)
 
 
 def tool_versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from calque.bandwidth import bandwidth
 from calque.console import size
 from calque.doctor import total_memory
 from calque.errors import SourceUnreadable, WeightMismatch, WontFit
-from calque.weights import torch_dtype_name
+from calque.weights import PIECE_BYTES, torch_dtype_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -29,6 +29,13 @@ RUNTIME_BYTES = 64 << 20
 NODE_FILE_BYTES = 160
 RECORD_BYTES = 32 << 10
 FP32 = 4
+# Pieces of weights: what is read, cast, quantized and packed of one at a time.
+PIECE_COPIES = 4
+# A block's weights as the runtime lays them out, and unpacked in float32, of 4 bits each.
+BLOCK_COPIES = 10
+SMALLEST_BLOCK = 8 << 20
+# Positions that the conversations of the proof ask for at once, and how often their outputs are held.
+PROOF_POSITIONS, ANSWER_COPIES = 256, 2
 # The largest batch that the gate drives.
 PROOF_ROWS = 5
 # Of one weight, at most; what is packed has embeddings and heads in more.
@@ -143,24 +150,47 @@ def sizes(model: TracedModel, beside: int = 0) -> dict[str, Any]:
     unique = {id(weight): (name, weight) for name, weight in model.weights.entries.items()}.values()
     elements = {name: math.prod(weight.shape) for name, weight in unique}
     weights = model.weights.nbytes()
-    largest = max(elements.values(), default=0) * FP32
-    # Converting holds one tensor, its cast and its transpose; proving holds the eager model, then the runtime's copy, both in float32:
-    # where its kernels know no narrower type, ONNX Runtime casts weights when it opens the file.
-    wide = sum(elements.values()) * FP32
     nodes = len(model.graph.nodes)
-    tools = TOOLS_BYTES + NODE_BYTES * nodes
     artifact = weights + beside + NODE_FILE_BYTES * nodes + RECORD_BYTES
     return {
         "parameters": sum(elements.values()),
         "weights_bytes": weights,
         "artifact_bytes": artifact,
         "disk_bytes": artifact,
-        "peak_memory_bytes": {
-            "convert": tools + 3 * largest,
-            "prove": tools + RUNTIME_BYTES + 2 * wide + 2 * PROOF_ROWS * cache_bytes(model),
-        },
+        "peak_memory_bytes": peak_memory(model),
         **(_decoding(model, weights) if model.states else {}),
     }
+
+
+def peak_memory(model: TracedModel) -> dict[str, int]:
+    """Return the peak resident bytes of converting, of proving, and of proving by blocks as small as they can be."""
+    unique = [*{id(weight): weight for weight in model.weights.entries.values()}.values()]
+    # What has no rows of its own is held as it is stored, cast and transposed.
+    whole = max((math.prod(weight.shape) * FP32 for weight in unique if not weight.by_rows), default=0)
+    # Proving holds the eager model, then the runtime's copy, both in float32: where its kernels know no narrower type, ONNX Runtime
+    # casts weights when it opens the file.
+    tools = TOOLS_BYTES + NODE_BYTES * len(model.graph.nodes)
+    runs = tools + RUNTIME_BYTES + 2 * PROOF_ROWS * cache_bytes(model)
+    answers = ANSWER_COPIES * PROOF_POSITIONS * FP32 * max((s for o in model.outputs if isinstance(s := o.shape[-1], int)), default=0)
+    return {
+        "convert": tools + max(3 * whole, PIECE_COPIES * PIECE_BYTES),
+        "prove": runs + 2 * _wide_bytes(model),
+        "prove_by_blocks": runs + answers + max(3 * whole, PIECE_COPIES * PIECE_BYTES, BLOCK_COPIES * smallest_block(model)),
+    }
+
+
+def smallest_block(model: TracedModel) -> int:
+    """Return the bytes of weights that the proof must at least hold at a time: of the largest that is not read by rows."""
+    import torch
+
+    unique = {id(weight): weight for weight in model.weights.entries.values()}.values()
+    sizes: list[int] = [math.prod(w.shape) * getattr(torch, torch_dtype_name(w)).itemsize for w in unique if torch_dtype_name(w) != "uint8"]
+    return max(SMALLEST_BLOCK, *sizes, 0)
+
+
+def _wide_bytes(model: TracedModel) -> int:
+    """Return the bytes of the untouched model in float32."""
+    return FP32 * sum(math.prod(weight.shape) for weight in {id(w): w for w in model.weights.entries.values()}.values())
 
 
 def _decoding(model: TracedModel, weights: int) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calque import passes, texts
+from calque import passes, preflight, texts
 from calque.artifact import Artifact, Check, Proof
 from calque.choices import QUANTIZED
 from calque.console import size
-from calque.errors import ParityFailed, TargetUnavailable, Unsupported
+from calque.errors import ParityFailed, TargetUnavailable, Unsupported, WontFit
 from calque.promotion import PLANNED, Found, Layers, as_planned, overrides, promote
 from calque.validation import scenarios
 
@@ -76,7 +76,7 @@ class QualityGate:
             UsageError: the text is none for the model's tokenizer.
             Unsupported: a limit on the divergence of a model without logits.
         """
-        if not self.asked:
+        if not self.asked or not self._fits(model):
             return
         from calque.validation.eager import in_precision
 
@@ -97,6 +97,27 @@ class QualityGate:
             with stages("promote"):
                 self.found = layers.continued(promote(layers, self.found, parity.max_kl or 0.0))
                 conversion.promoted = overrides(layers, self.found.levels)
+
+    def _fits(self, model: TracedModel) -> bool:
+        """Return whether the eager model fits into the memory allowed; if not, nothing is asked, and the report says so.
+
+        Raises:
+            WontFit: the recipe sets a limit that could not be judged.
+        """
+        allowed, parity = self.conversion.recipe.max_memory, self.conversion.recipe.parity
+        needs = preflight.peak_memory(model)["prove"]
+        if allowed is None or needs <= allowed:
+            return True
+        if parity.text or parity.sensitivity or parity.max_kl is not None:
+            lines = [f"quality  needs {size(needs)}"]
+            raise WontFit(
+                f"how good the model is cannot be judged in {size(allowed)} of memory", lines, f"allow {size(needs)}, or ask nothing"
+            )
+        self.asked = False
+        self.notes.append(
+            f"How good the model still is was not measured: that takes {size(needs)} of memory, {size(allowed)} were allowed."
+        )
+        return False
 
     def _rows(self, model: TracedModel) -> list[Row]:
         """Return the rows of tokens that everything is judged on, and remember what they are."""

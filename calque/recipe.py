@@ -299,8 +299,6 @@ def unbuilt_settings(recipe: Recipe) -> list[str]:
     lines = []
     if recipe.calibration is not None and recipe.precision in ("fp32", *NARROW):
         lines.append(f"calibration  {recipe.precision} rounds nothing that a text could be measured for")
-    if recipe.max_memory is not None:
-        lines.append("max_memory  no limit is enforced; leave it out")
     if recipe.matrix is not None:
         lines.append("matrix  one conversion makes one artifact; convert each recipe that Recipe.expand() gives")
     return lines

@@ -30,12 +30,18 @@ class Stages:
 
     announce: Callable[[str], None]
     done: list[Stage] = field(default_factory=list)
+    now: str = "the conversion"
+
+    def doing(self) -> str:
+        """Return the name of the stage that runs, or ran last."""
+        return self.now
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Measure the block as the stage ``name``."""
         raise_if_interrupted()
         self.announce(name)
+        self.now = name
         _reset_peak()
         start = time.perf_counter()
         yield

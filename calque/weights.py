@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from calque.errors import SourceUnreadable, WeightMismatch
 
@@ -30,6 +30,10 @@ DTYPES: dict[str, tuple[str, int]] = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
+
+
+# What the rows that are in memory together take in float32: small beside the tools, large beside what a read costs.
+PIECE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,19 @@ class Stored:
             raise SourceUnreadable(
                 f"{self.file} cannot be read any more: {error.strerror}", fix="leave its folder as it is during a conversion"
             ) from error
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether `read_rows` reads those rows alone."""
+        return self.strides is None and len(self.shape) > 1
+
+    def read_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return rows ``start`` to ``stop``; where they do not lie one after the other, the whole is read for them."""
+        if not self.by_rows:
+            return self.read()[start:stop]
+        row = self.nbytes // self.shape[0] if self.shape[0] else 0
+        part = replace(self, offset=self.offset + start * row, nbytes=(stop - start) * row, shape=(stop - start, *self.shape[1:]))
+        return part.read()
 
     def _read(self) -> torch.Tensor:
         import torch
@@ -88,7 +105,8 @@ class Derived:
     """A tensor computed from others when it is read: transposed, stacked, cast, packed, quantized.
 
     ``dtype`` is torch's name without the prefix (``float32``). ``moved``: each value is one of its sources', elsewhere laid, so
-    that rounding it before or after is one.
+    that rounding it before or after is one. ``acts``: on the whole of its sources, on each row of them by itself, or it lays
+    their rows one after the other. ``rows``: what gives some rows, where there are no sources.
     """
 
     sources: tuple[Weight, ...]
@@ -97,6 +115,29 @@ class Derived:
     dtype: str
     shape: tuple[int, ...]
     moved: bool = True
+    acts: Literal["whole", "each row", "stacks"] = "whole"
+    rows: Callable[[int, int], torch.Tensor] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether `read_rows` computes those rows alone."""
+        return self.rows is not None or (self.acts != "whole" and all(source.by_rows for source in self.sources))
+
+    def read_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return rows ``start`` to ``stop``, computed of the same rows of the sources; of all where that is not enough."""
+        if not self.by_rows:
+            return self.read()[start:stop]
+        if self.rows is not None:
+            return self.rows(start, stop)
+        if self.acts == "each row":
+            return self.function(*(source.read_rows(start, stop) for source in self.sources))
+        parts, above = [], 0
+        for source in self.sources:
+            low, high = max(start - above, 0), min(stop - above, source.shape[0])
+            if low < high:
+                parts.append(source.read_rows(low, high))
+            above += source.shape[0]
+        return self.function(*parts)
 
     def read(self) -> torch.Tensor:
         """Return the tensor, computed now from sources that are read one after the other."""
@@ -107,6 +148,21 @@ class Derived:
 
 
 Weight = Stored | Derived
+
+
+def pieces(weight: Weight, nbytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
+    """Yield the rows of the weight in order, some at a time: as many as take ``nbytes`` in float32, at least one.
+
+    A weight whose rows cannot be had alone comes whole. Scalars come as they are.
+    """
+    import torch
+
+    if not weight.by_rows:
+        yield weight.read()
+        return
+    step = max(1, nbytes // (max(1, math.prod(weight.shape[1:])) * torch.float32.itemsize))
+    for start in range(0, weight.shape[0], step):
+        yield weight.read_rows(start, min(start + step, weight.shape[0]))
 
 
 def torch_dtype_name(weight: Weight) -> str:
@@ -121,7 +177,7 @@ def cast(weight: Weight, dtype: str) -> Weight:
     if torch_dtype_name(weight) == dtype:
         return weight
     target = getattr(torch, dtype)
-    return Derived((weight,), f"cast({dtype})", lambda tensor: tensor.to(target), dtype, weight.shape)
+    return Derived((weight,), f"cast({dtype})", lambda tensor: tensor.to(target), dtype, weight.shape, acts="each row")
 
 
 def rounded(weight: Weight, dtype: str, computed: bool = True) -> Weight:

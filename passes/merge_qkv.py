@@ -196,5 +196,5 @@ def _stack(model: TracedModel, names: dict[Node, str], parameters: Sequence[Node
     """Return a parameter that holds those given one after the other."""
     weights: list[Weight] = [model.weights[names[node]] for node in parameters]
     shape = (sum(weight.shape[0] for weight in weights), *weights[0].shape[1:])
-    made = Derived(tuple(weights), "stack", lambda *tensors: torch.cat(tensors), torch_dtype_name(weights[0]), shape)
+    made = Derived(tuple(weights), "stack", lambda *tensors: torch.cat(tensors), torch_dtype_name(weights[0]), shape, acts="stacks")
     return model.add_parameter(f"{names[parameters[0]]}.{ending}", made, like=parameters[0])

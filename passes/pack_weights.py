@@ -114,7 +114,7 @@ class _Packing:
         """Return the parameter, [out, *sizes], that holds what ``function`` makes of that of ``node``."""
         if (node, ending) not in self.made:
             weight, name = self.model.weights[self.names[node]], f"{self.names[node]}.{ending}"
-            made = Derived((weight,), ending, function, dtype, (weight.shape[0], *sizes), moved=False)
+            made = Derived((weight,), ending, function, dtype, (weight.shape[0], *sizes), moved=False, acts="each row")
             self.made[node, ending] = self.model.add_parameter(name, made, like=node)
             self.names[self.made[node, ending]] = name
         return self.made[node, ending]

@@ -35,10 +35,18 @@ class OnnxRuntimeSession:
             ArtifactUnreadable: ONNX Runtime refuses the model, or fails while running it.
             TargetUnavailable: onnxruntime is not installed, or has no kernel for the model's precision.
         """
-        spec = self._spec(graph)
-        check_inputs(spec, inputs)
-        check_limits(self.artifact.limits, inputs)
+        self.check(graph, inputs)
         return self.run(graph, inputs)
+
+    def check(self, graph: str, inputs: Mapping[str, NDArray[np.generic]]) -> None:
+        """Leave quietly if ``graph`` can be given these inputs.
+
+        Raises:
+            UsageError: no such graph; an input is missing, unexpected, or of the wrong dtype or shape.
+            Unsupported: the inputs go past a limit that the manifest records.
+        """
+        check_inputs(self._spec(graph), inputs)
+        check_limits(self.artifact.limits, inputs)
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
         """Return every output of ``graph`` by name, its inputs unchecked. Neither they nor the outputs are copied.

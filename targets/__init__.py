@@ -111,6 +111,15 @@ class Rounds(Protocol):
         ...
 
 
+@runtime_checkable
+class RunsBlocks(Protocol):
+    """A target whose artifacts can be run here some nodes at a time, where the whole would not fit into memory."""
+
+    def blocks(self, artifact: Artifact, threads: int, nbytes: int, exact: bool = False) -> Session:
+        """Return a session that holds about ``nbytes`` of weights at a time; ``exact``: it rounds no activations."""
+        ...
+
+
 def exact(target: Target, artifact: Artifact, threads: int = 0) -> Session | None:
     """Return a session over the artifact's files that rounds no activations; None where the artifact rounds none."""
     return target.exact(artifact, threads) if isinstance(target, Rounds) else None

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import onnx_ir as ir
 import onnx_ir.passes.common as stock
@@ -23,7 +23,7 @@ from calque.errors import Unsupported
 from calque.targets import Problem
 from calque.targets._standard import SLOTS, SLOTS_OPSET, STANDARD, Table
 from calque.traced import TracedModel, source_of, user_nodes
-from calque.weights import Weight, torch_dtype_name
+from calque.weights import Weight, pieces, torch_dtype_name
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -198,7 +198,7 @@ def _bind_weights(lowered: ir.Model, model: TracedModel) -> None:
             del lowered.graph.initializers[name]
             continue
         first[id(weight)] = value
-        value.const_value = _lazy(name, weight, name in narrow)
+        value.const_value = _InPieces(name, weight, ir.DataType.INT4 if name in narrow else ir.DataType[DTYPES[torch_dtype_name(weight)]])
         value.dtype = value.const_value.dtype
 
 
@@ -210,14 +210,23 @@ def _of_four_bits(model: TracedModel) -> set[str]:
     return {names[part] for node in nodes for part in (node.args[0], node.args[2]) if part in names}  # type: ignore[index]
 
 
-def _lazy(name: str, weight: Weight, narrow: bool) -> ir.LazyTensor:
-    dtype = ir.DataType.INT4 if narrow else ir.DataType[DTYPES[torch_dtype_name(weight)]]
+class _InPieces(ir.LazyTensor):
+    """A weight that is written some rows at a time, so that a large one is never whole in memory; of INT4, whole."""
 
-    def read() -> ir.TensorProtocol:
-        tensor = weight.read().contiguous()
-        return ir.Tensor(tensor.numpy().astype(dtype.numpy()), name=name) if narrow else ir.tensor(tensor, name=name)
+    def __init__(self, name: str, weight: Weight, dtype: ir.DataType) -> None:
+        def read() -> ir.TensorProtocol:
+            tensor = weight.read().contiguous()
+            return ir.Tensor(tensor.numpy().astype(dtype.numpy()), name=name) if dtype == ir.DataType.INT4 else ir.tensor(tensor, name=name)
 
-    return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(weight.shape), name=name)
+        super().__init__(read, dtype=dtype, shape=ir.Shape(weight.shape), name=name)
+        self._weight = weight
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Write the bytes of all rows, in order. Numbers lie in files as in memory: little-endian machines alone run torch."""
+        if self.dtype == ir.DataType.INT4:
+            return super().tofile(file)
+        for piece in pieces(self._weight):
+            file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _name(lowered: ir.Model, model: TracedModel) -> None:

@@ -3,7 +3,7 @@
 ::
 
     model.onnx          the graph, opset 23; 24 with a static cache
-    model.onnx.data     the weights, tied ones once, written one tensor at a time
+    model.onnx.data     the weights, tied ones once, written some rows of one tensor at a time
     genai_config.json   of a causal language model that onnxruntime-genai knows
 
 With ``layout: transformers.js`` the first two are ``onnx/model.onnx`` and ``onnx/model.onnx_data``.
@@ -20,6 +20,7 @@ from calque.choices import NARROW, QUANTIZED
 from calque.errors import TargetUnavailable, UsageError
 from calque.passes import Pass
 from calque.targets import Emitted, Problem, package_rows
+from calque.threads import one_thread
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -160,10 +161,11 @@ class OnnxRuntime:
         return _contrib.CONTRIB if self.operators == "fused" else _standard.STANDARD
 
     def emit(self, lowered: ir.Model, model: TracedModel, folder: Path) -> Emitted:
-        """Write model.onnx and model.onnx.data; one tensor is in memory at a time."""
+        """Write model.onnx and model.onnx.data; some rows of one tensor are in memory at a time."""
         import onnx_ir as ir
 
-        ir.save(lowered, folder / FILE, external_data=DATA)
+        with one_thread():
+            ir.save(lowered, folder / FILE, external_data=DATA)
         graph = GraphSpec(FILE, model.inputs, model.outputs)
         # What the operators cannot do, the pass that puts them there says in the limits.
         return Emitted({"model": graph}, model.limits)
@@ -205,6 +207,12 @@ class OnnxRuntime:
         from calque.targets._exact import ExactSession
 
         return ExactSession(artifact, threads) if artifact.precision in QUANTIZED and self.activations != "float32" else None
+
+    def blocks(self, artifact: Artifact, threads: int, nbytes: int, exact: bool = False) -> Session:
+        """Return a session that holds about ``nbytes`` of weights at a time; ``exact``: it rounds no activations."""
+        from calque.targets._blocks import BlockSession
+
+        return BlockSession(artifact, threads, nbytes, exact)
 
     def doctor(self) -> list[tuple[str, str, str]]:
         """Return the packages that emitting and running take."""

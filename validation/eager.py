@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from calque.choices import NARROW
 from calque.errors import SourceUnreadable
 from calque.memory import ran_out
+from calque.threads import one_thread
 from calque.validation.drive import segments
 
 if TYPE_CHECKING:
@@ -20,23 +20,6 @@ if TYPE_CHECKING:
 
     from calque.artifact import TensorSpec
     from calque.weights import Weight
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Make torch compute on one thread inside the block.
-
-    How work is cut over threads changes the last bits of sums, so the reference would differ between machines; and once
-    in a few dozen runs one of two threads was seen to compute its half of a row 1e-4 σ away from all other runs.
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def in_precision(model: torch.nn.Module, precision: str) -> torch.nn.Module:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from calque.artifact import NOT_RUN, Artifact, Check, Proof
 from calque.validation.compare import EXACT, SESSION_FAILED, Row, compare
 from calque.validation.drive import ModelIO
+from calque.validation.lockstep import Lockstep, RunsEach
 
 if TYPE_CHECKING:
     from calque.session import Session
@@ -34,8 +35,13 @@ def prove(
     """
     io = ModelIO.of(artifact, exact)
     rows = []
-    for scenario in scenarios:
-        row = compare(session, io, scenario, references.get(scenario.name))
+    made: Iterable[Row]
+    if isinstance(session, RunsEach):
+        together = Lockstep(session)
+        made = together.all(lambda scenario: compare(together, io, scenario, references.get(scenario.name)), scenarios)
+    else:
+        made = (compare(session, io, scenario, references.get(scenario.name)) for scenario in scenarios)
+    for row in made:
         rows.append({**row, "name": row["name"] + EXACT} if exact else row)
         if progress:
             progress(rows[-1])

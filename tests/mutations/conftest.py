@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from calque.validation import eager
+from calque import threads
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     # Tensors this small are slower on several, many times so where others want the cores too.
-    with eager.one_thread():
+    with threads.one_thread():
         yield

@@ -1,0 +1,36 @@
+"""Whether a conversion fits into the memory that it may use, and how its proof must run for that; said before weights are read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from calque import preflight
+from calque.console import size
+from calque.errors import WontFit
+
+if TYPE_CHECKING:
+    from calque.traced import TracedModel
+
+# More than this at a time makes the proof no faster.
+LARGEST_BLOCK = 256 << 20
+
+
+def require_memory(model: TracedModel, allowed: int | None, blocks: bool) -> int:
+    """Return of how many bytes of weights at a time the proof may run the artifact, 0 where all of them fit; None allows anything.
+
+    ``blocks``: whether the target's artifacts can be run so.
+
+    Raises:
+        WontFit: what passes the memory allowed, and the least that would do.
+    """
+    if allowed is None:
+        return 0
+    needs = preflight.peak_memory(model)
+    least = {"convert": needs["convert"], "prove": min(needs["prove"], needs["prove_by_blocks"]) if blocks else needs["prove"]}
+    if lines := [f"{stage}  needs {size(count)}" for stage, count in least.items() if count > allowed]:
+        fix = f"allow at least {size(max(least.values()))} with --max-memory"
+        raise WontFit(f"the conversion does not fit into {size(allowed)} of memory", lines, fix)
+    if needs["prove"] <= allowed:
+        return 0
+    room = (allowed - needs["prove_by_blocks"]) // preflight.BLOCK_COPIES
+    return min(LARGEST_BLOCK, preflight.smallest_block(model) + room)
