@@ -132,6 +132,16 @@ def _minutes(text: str) -> float:
     return minutes
 
 
+def _nats(text: str) -> float:
+    try:
+        nats = float(text)
+    except ValueError:
+        nats = -1.0
+    if not 0 <= nats < float("inf"):
+        raise argparse.ArgumentTypeError(f"`{text}` is not a number of nats, 0 or more")
+    return nats
+
+
 def _shard(text: str) -> tuple[int, int]:
     index, slash, count = text.partition("/")
     if not slash or not 1 <= _positive(index) <= _positive(count):
@@ -169,7 +179,7 @@ def _add_convert(command: Parser) -> None:
     to.add_argument("--max-length", type=_positive, metavar="N", help=bound)
     where = f"{' or '.join(LAYOUTS)}: which names the model's files have; flat where it is left out"
     to.add_argument("--layout", type=_one_of("layout", LAYOUTS), metavar="LAYOUT", help=where)
-    to.add_argument("--calibration", metavar="FILE", help="text that activation ranges are measured on")
+    to.add_argument("--calibration", metavar="FILE", help="text that the model is measured on before it is rounded")
     to.add_argument("--set", type=_assignment, action="append", metavar="KEY=VALUE", help="an option of the target; may be repeated")
     where = "where to write; ./MODEL-TARGET-PRECISION where it is left out. Of several conversions: the folder around theirs"
     to.add_argument("-o", "--output", type=_path, metavar="FOLDER", help=where)
@@ -178,6 +188,15 @@ def _add_convert(command: Parser) -> None:
     to.add_argument("--force", action="store_true", help="replace an artifact that is there, in one step, once the new one is proved")
     proof = command.add_argument_group("proof")
     proof.add_argument("--scenarios", metavar="NAMES", help="all, or names joined by commas; all where it is left out")
+    text = "text that the model's quality is measured on, with the original's perplexity beside its own; random tokens where it is left out"
+    proof.add_argument("--text", metavar="FILE", help=text)
+    kl = "largest mean KL divergence from the original model; layers get more bits until it holds, else exit 3"
+    proof.add_argument("--max-kl", type=_nats, metavar="NATS", help=kl)
+    proof.add_argument(
+        "--max-size", metavar="SIZE", help="most that graph and weights may take, promoted layers too, else exit 3: 500MB, 2GiB"
+    )
+    one = "measure what the model loses by each layer's integers alone"
+    proof.add_argument("--sensitivity", action="store_true", default=None, help=one)
     need = "exit 5 where the artifact could not be built or executed here"
     proof.add_argument("--require", type=_one_of("requirement", REQUIREMENTS), metavar="WHAT", help=f"{' or '.join(REQUIREMENTS)}: {need}")
     how = command.add_argument_group("how")

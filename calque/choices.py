@@ -20,6 +20,10 @@ REPORT_FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
 # The precisions that are a narrower type than float32, and that type as torch calls it.
 NARROW: dict[str, NarrowType] = {"fp16": "float16", "bf16": "bfloat16"}
 # The precisions whose weights are integers: what makes them so of the pass that does.
-QUANTIZED: dict[str, dict[str, Any]] = {"int8": {"bits": 8, "group": 0}, "int4": {"bits": 4, "group": 32}}
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "int8": {"bits": 8, "group": 0},
+    "int8-static": {"bits": 8, "group": 0},
+    "int4": {"bits": 4, "group": 32},
+}
 # More threads than any machine has cores: a number past it is a mistake, and each takes memory.
 MOST_THREADS = 512

@@ -157,11 +157,79 @@ def stage_table(stages: Sequence[Mapping[str, Any]]) -> str:
     return table(("stage", "seconds", "peak memory"), rows)
 
 
+QUALITY = (
+    "model",
+    "KL mean",
+    "KL worst",
+    "top-1",
+    "near ties",
+    "perplexity",
+    "original's",
+    "ratio",
+    "greedy tokens",
+    "cosine, mean",
+    "cosine, worst",
+)
+
+
+def quality_rows(quality: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return header and rows of what was measured of a model's quality; columns that nothing was measured for are left out."""
+    forms = {"kl_mean": ".2e", "kl_worst": ".2e", "top1_agree": ".4f", "near_ties": "", "perplexity": ".3f", "original_perplexity": ".3f",
+             "perplexity_ratio": ".4f", "greedy": "", "cosine_mean": ".6f", "cosine_worst": ".6f"}  # fmt: skip
+    rows = []
+    for row in quality.get("measured", ()):
+        greedy = f"{row['greedy_matched']} of {row['greedy_tokens']}" if row.get("greedy_tokens") else None
+        values = {**row, "greedy": greedy, "near_ties": row.get("near_ties") if row.get("top1_agree") is not None else None}
+        cells = ("–" if values.get(key) is None else format(values[key], form) for key, form in forms.items())
+        rows.append((str(row.get("name", "?")), *cells))
+    used = [at for at in range(len(QUALITY)) if not at or any(row[at] != "–" for row in rows)]
+    return tuple(QUALITY[at] for at in used), [tuple(row[at] for at in used) for row in rows]
+
+
+def quality_title(quality: Mapping[str, Any]) -> str:
+    """Return what the quality was measured on, and the size of what has it."""
+    rows = f"{quality.get('tokens', 0):,} tokens in {quality.get('rows', 0)} rows"
+    limits = [f"max_kl {quality['max_kl']:g}"] if quality.get("max_kl") is not None else []
+    limits += [f"max_size {size(quality['max_size'])}"] if quality.get("max_size") else []
+    return "; ".join([f"quality on {quality.get('text')}: {rows}", f"graph and weights {size(quality.get('size_bytes'))}", *limits])
+
+
+def promoted_rows(quality: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return header and rows of the layers that got more bits, first those that told most."""
+    header = ("promoted", "from", "to", "KL of it alone")
+    return header, [(row["layer"], row["from"], row["to"], f"{row['sensitivity']:.2e}") for row in quality.get("promoted", ())]
+
+
+def step_rows(quality: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return header and rows of what was tried: so many layers promoted, and the KL divergence with them."""
+    header = ("layers tried", "to", "KL mean")
+    return header, [(str(row["layers"]), row["to"], f"{row['kl_mean']:.2e}") for row in quality.get("steps", ())]
+
+
+def sensitivity_rows(quality: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return header and rows of what each layer's integers alone cost."""
+    header = ("layer", "stored as", "loss by it alone")
+    return header, [(row["layer"], row["stored"], f"{row['loss']:.2e}") for row in quality.get("sensitivity", ())]
+
+
+def quality_tables(quality: Mapping[str, Any]) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+    """Return header and rows of every table of a report's quality that has rows."""
+    tables = (make(quality) for make in (quality_rows, sensitivity_rows, step_rows, promoted_rows))
+    return [(header, rows) for header, rows in tables if rows]
+
+
+def quality_text(quality: Mapping[str, Any]) -> str:
+    """Return the tables of a report's quality under what it was measured on."""
+    return "\n\n".join([quality_title(quality), *(table(header, rows) for header, rows in quality_tables(quality))])
+
+
 def report_text(report: Mapping[str, Any]) -> str:
     """Return the tables of a report.json that has them."""
     parts = []
     if report.get("scenarios"):
         parts.append(parity_table(report["scenarios"]))
+    if report.get("quality"):
+        parts.append(quality_text(report["quality"]))
     if report.get("stages"):
         parts.append(stage_table(report["stages"]))
     return "\n\n".join(parts)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calque import converters, passes, sentence, targets
+from calque.calibration_text import read_rows
 from calque.errors import TargetUnavailable, Unsupported, UsageError
 from calque.recipe import Recipe, unbuilt_settings
 from calque.source import ModelSource
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 
 Rows = list[dict[str, Any]]
 
+# The pass that stores weights as integers.
+QUANTIZING = "quantize_weights"
+
 
 def open_target(recipe: Recipe) -> Target:
     """Return the target with the recipe's options.
@@ -51,7 +56,9 @@ def open_target(recipe: Recipe) -> Target:
         refused.append(f"layout: {recipe.layout}  {recipe.target} in {recipe.precision} has {', '.join(layouts)}")
     if refused:
         raise Unsupported("the recipe asks for what this version cannot do", list(dict.fromkeys(refused)), "change these settings")
-    passes.check_order(plan_of(recipe, target))
+    passes.check_order(plan := plan_of(recipe, target))
+    if not recipe.calibration and (asking := [passes.name_of(rewrite) for rewrite in plan if passes.calibrated(rewrite)]):
+        raise UsageError(f"{', '.join(asking)} measures on text, and none is given", fix="name a file of text with --calibration FILE")
     if recipe.passes is not None:
         passes.check_precision(recipe.precision, passes.read_plan(recipe.passes), target.passes(recipe.precision))
         if silent := targets.deciding_passes(recipe.target, recipe.options, recipe.precision):
@@ -97,31 +104,64 @@ def plan_of(recipe: Recipe, target: Target, source: ModelSource | None = None) -
 class Conversion:
     """One recipe on the way to its artifact.
 
-    ``replaced``: parameters of the untouched model that passes gave other values, as the last `rewritten` model says.
+    ``replaced``: parameters of the untouched model that passes gave other values, and ``blocks`` as `TracedModel`
+    has them: of the model that was rewritten last. ``scratch``: a folder for what is measured of the model; ``calibrations``: what was,
+    for every trace of this conversion. ``promoted``: what weights are stored as, by name, that get more bits than the passes would
+    give them.
     """
 
     recipe: Recipe
     target: Target
     source: ModelSource
+    scratch: Path | None = None
     replaced: dict[str, Weight] = field(default_factory=dict)
+    blocks: dict[str, int] = field(default_factory=dict)
+    calibrations: dict[Any, Any] = field(default_factory=dict)
+    promoted: dict[str, str] = field(default_factory=dict)
 
     @property
     def plan(self) -> tuple[Pass, ...]:
-        """The passes, in order."""
-        return plan_of(self.recipe, self.target, self.source)
+        """The passes, in order; what the recipe itself says of a weight goes before a promotion."""
+        return self._plan(self.promoted)
+
+    def _plan(self, promoted: Mapping[str, str]) -> tuple[Pass, ...]:
+        listed = plan_of(self.recipe, self.target, self.source)
+        more = {escape(name): storage for name, storage in promoted.items()}
+        return tuple(
+            replace(step, overrides={**step.overrides, **more, **step.overrides}) if more and passes.name_of(step) == QUANTIZING else step  # type: ignore
+            for step in listed
+        )
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether weights become integers."""
+        return any(passes.name_of(step) == QUANTIZING for step in self.plan)
+
+    def quantized(self, model: TracedModel, promoted: Mapping[str, str]) -> TracedModel:
+        """Return a copy of the traced model with integers for weights, ``promoted`` ones in more bits; no pass after that has run."""
+        made = model.copy()
+        for step in self._plan(promoted):
+            passes.run_one(step, made)
+            if passes.name_of(step) == QUANTIZING:
+                break
+        return made
 
     def trace(self) -> TracedModel:
-        """Return the traced model, its ledger balanced, its limits those of the recipe too."""
+        """Return the traced model, its ledger balanced, its limits those of the recipe too, with the text it is measured on."""
         model = converters.load(self.source.task)(self.source)
         model.weights.check()
         model.quantized = {name: (form, NUMBERS) for name, weight in model.weights.entries.items() if (form := form_of(weight))}
         model.limits = self.bounded(model.limits)
+        if given := self.recipe.calibration:
+            longest = min(filter(None, (model.limits.max_length, model.trained_length)), default=None)
+            model.samples = read_rows(Path(given.text), self.source, given.samples, longest)
+            model.calibrations, model.scratch = self.calibrations, self.scratch
         return model
 
     def rewrite(self, model: TracedModel) -> dict[str, passes.Rewrites]:
         """Return what each pass did to the traced model and left alone, by name."""
         done = passes.run_all(self.plan, model)
-        self.replaced = model.replaced
+        self.replaced, self.blocks = model.replaced, model.blocks
         return done
 
     def bounded(self, limits: Limits) -> Limits:
@@ -140,6 +180,12 @@ class Conversion:
 
         return with_weights(in_precision(self.source.load_eager(), self.recipe.precision), self.replaced)
 
+    @property
+    def special_tokens(self) -> set[int]:
+        """Tokens that mark a text, which random rows leave out."""
+        config = self.source.config.get_text_config().to_dict()
+        return {value for name, value in config.items() if name.endswith("token_id") and isinstance(value, int)}
+
     def scenarios(self, limits: Limits, states: tuple[StateSpec, ...]) -> list[Scenario]:
         """Return the scenarios that the recipe chooses among those that fit an artifact of these limits and states.
 
@@ -147,14 +193,13 @@ class Conversion:
             UsageError: a name that is no scenario of this artifact.
         """
         config = self.source.config.get_text_config()
-        special = {value for name, value in config.to_dict().items() if name.endswith("token_id") and isinstance(value, int)}
         windows = {state.window for state in states if state.window}
         if not states and (window := config.to_dict().get("sliding_window")):
             windows = {window}
         built = scenarios.build(
             limits,
             config.vocab_size,
-            excluded=special,
+            excluded=self.special_tokens,
             windows=windows,
             max_positions=getattr(config, "max_position_embeddings", None),
             cached=bool(states),

@@ -91,7 +91,18 @@ def _flags(args: argparse.Namespace) -> dict[str, Any]:
         "max_memory": args.max_memory,
         "calibration": {"text": args.calibration} if args.calibration else None,
         "options": _options(args.set) if args.set else None,
-        "parity": {"scenarios": _scenarios(args.scenarios)} if args.scenarios is not None else None,
+        "parity": _parity(args) or None,
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _parity(args: argparse.Namespace) -> dict[str, Any]:
+    given = {
+        "scenarios": _scenarios(args.scenarios) if args.scenarios is not None else None,
+        "text": args.text,
+        "max_kl": args.max_kl,
+        "max_size": args.max_size,
+        "sensitivity": args.sensitivity,
     }
     return {key: value for key, value in given.items() if value is not None}
 

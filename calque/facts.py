@@ -55,22 +55,33 @@ def weights_by_layer(model: TracedModel) -> list[dict[str, Any]]:
     """
     import torch
 
-    looked_up = _looked_up(model)
-    trunk = _trunk(model.weights.entries)
+    weights = {id(weight): weight for weight in model.weights.entries.values()}
     groups: dict[str, dict[str, Any]] = {}
-    # Of tied names the one that is looked up, or else the first, says where the weight belongs.
-    unique: dict[int, str] = {}
-    for name, weight in model.weights.entries.items():
-        if id(weight) not in unique or name in looked_up:
-            unique[id(weight)] = name
-    for name in unique.values():
-        weight = model.weights[name]
-        path, layer = _place(name, trunk, looked_up)
+    for key, (path, layer) in _places(model).items():
+        weight = weights[key]
         group = groups.setdefault(path, {"name": path, "layer": layer, "bytes": 0, "parameters": 0})
         elements = math.prod(weight.shape)
         group["bytes"] += elements * getattr(torch, torch_dtype_name(weight)).itemsize
         group["parameters"] += elements
     return sorted(groups.values(), key=_order)
+
+
+def layers_of(model: TracedModel) -> dict[str, str]:
+    """Return which group of `weights_by_layer` each parameter belongs to, by name; tied ones to one."""
+    places = _places(model)
+    return {name: places[id(weight)][0] for name, weight in model.weights.entries.items()}
+
+
+def _places(model: TracedModel) -> dict[int, tuple[str, int | None]]:
+    """Return the group, and the index of the layer if it is one, of each weight by its id."""
+    looked_up = _looked_up(model)
+    trunk = _trunk(model.weights.entries)
+    # Of tied names the one that is looked up, or else the first, says where the weight belongs.
+    unique: dict[int, str] = {}
+    for name, weight in model.weights.entries.items():
+        if id(weight) not in unique or name in looked_up:
+            unique[id(weight)] = name
+    return {key: _place(name, trunk, looked_up) for key, name in unique.items()}
 
 
 def _order(group: Mapping[str, Any]) -> tuple[int, str, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calque.packing import unpacked_weight
+from calque.packing import unpack, unpacked_weight
 from calque.quantization import dequantize
 
 
@@ -278,8 +278,14 @@ def _(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias:
 
 @torch.library.custom_op("calque::packed_embedding", mutates_args=())
 def packed_embedding(ids: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group: int, size: int) -> Tensor:
-    """Return the rows, [..., size], that ids ask for of a table whose integers are packed as those of ``packed_linear``."""
-    return unpacked_weight(packed, scale, zero_point, bits, group)[ids]
+    """Return the rows, [..., size], that ids ask for of a table whose integers are packed as those of ``packed_linear``.
+
+    zero_point uint8 [out, groups]: one in a byte, whatever their bits.
+    """
+    rows, scales = packed[ids].flatten(0, -3), scale[ids].flatten(0, -2)
+    zeros = None if zero_point is None else (zero_point[ids].flatten(0, -2).to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    q = unpack(rows, bits, size)
+    return dequantize(q, scales, zeros, group).reshape(*ids.shape, size)
 
 
 @packed_embedding.register_fake

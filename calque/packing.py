@@ -1,7 +1,8 @@
 """Integers of a few bits in bytes, as ONNX Runtime's MatMulNBits reads them.
 
 ``packed`` uint8 [out, groups, group · bits / 8]: each integer is stored as itself plus 2^(bits-1), of two of 4 bits in one byte
-the first is the low half. Zero points lie likewise along a row, [out, ⌈groups · bits / 8⌉].
+the first is the low half. Zero points lie likewise along a row, [out, ⌈groups · bits / 8⌉]; those of a table that rows are looked up in
+have a byte each, as GatherBlockQuantized takes the same bytes in three axes.
 
 Source: the schema of com.microsoft.MatMulNBits in onnxruntime 1.31.1.
 """
@@ -23,6 +24,11 @@ def pack_zero_points(zero_point: Tensor, bits: int) -> Tensor:
     """Return signed zero points [out, groups] as bytes, [out, ⌈groups · bits / 8⌉]."""
     odd = bits == 4 and zero_point.shape[1] % 2 == 1
     return _bytes(torch.nn.functional.pad(zero_point, (0, 1)) if odd else zero_point, bits)
+
+
+def zero_point_bytes(zero_point: Tensor, bits: int) -> Tensor:
+    """Return signed zero points [out, groups] as one byte each, which lookups want."""
+    return (zero_point + (1 << (bits - 1))).view(torch.uint8) if bits == 4 else _bytes(zero_point, bits)
 
 
 def _bytes(q: Tensor, bits: int) -> Tensor:

@@ -18,11 +18,13 @@ from calque.checkpoint import read_json
 from calque.companions import CONFIG, licence_note
 from calque.conversion import Conversion, open_target, resolve, use_threads
 from calque.errors import TargetUnavailable, Unsupported
+from calque.quality_gate import QualityGate
 from calque.recipe import Recipe
 from calque.source import ModelSource
 from calque.stages import Stages
 from calque.staging import check_output, staging
 from calque.tokenizer import complete_tokenizer
+from calque.traced import TracedModel
 from calque.validation.report import Report
 
 TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
@@ -52,24 +54,29 @@ def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Callabl
                 source = resolve(recipe, Path(scratch))
                 preflight.require_tensors(source)
                 preflight.require_disk(source, folder, recipe.precision)
-            conversion = Conversion(recipe, target, source)
-            artifact, report = emit(conversion, folder, stages)
+            conversion = Conversion(recipe, target, source, Path(scratch))
+            gate = QualityGate.of(conversion, Path(scratch))
+            with stages("trace"):
+                model = conversion.trace()
+            gate.judge_weights(model, stages)  # what it promotes is stored in more bits
+            artifact, report = emit(conversion, model, folder, stages)
             proof, report = prove(conversion, artifact, report, Path(scratch), stages)
+            proof = gate.judge_artifact(artifact, proof, stages)
         if proof.numerics.status == "not_run":
             raise Unsupported("nothing could be proved, so nothing was written", [proof.numerics.reason or ""], "choose scenarios that run")
-        replace(report, failures=proof.failures).measured(folder, stages.done).write(folder)
+        report = replace(report, failures=proof.failures, quality=gate.data()).noted(*gate.said())
+        report.measured(folder, stages.done).write(folder)
         replace(artifact, proof=proof, files=digests(folder)).write_manifest()
+        gate.raise_if_failed(proof)
         proof.raise_if_failed()
         require(recipe, proof)
     return Artifact.read(out)
 
 
-def emit(conversion: Conversion, folder: Path, stages: Stages) -> tuple[Artifact, Report]:
+def emit(conversion: Conversion, model: TracedModel, folder: Path, stages: Stages) -> tuple[Artifact, Report]:
     """Leave the target's files and the model's companions in ``folder``; return the artifact, not yet proved, and what is known of it."""
     recipe, target, source = conversion.recipe, conversion.target, conversion.source
-    with stages("trace"):
-        model = conversion.trace()
-        parameters = facts.count_parameters(model)
+    parameters = facts.count_parameters(model)
     with stages("passes"):
         done = conversion.rewrite(model)
         if problems := target.problems(model):
@@ -122,7 +129,7 @@ def prove(conversion: Conversion, artifact: Artifact, report: Report, scratch: P
     load_eager = cache(conversion.eager)
     with stages("reference"):
         becomes = partial(passes.expected, conversion.plan)
-        expected = store_reference(load_eager, chosen, ModelIO.of(artifact), artifact.folder, scratch, becomes)
+        expected = store_reference(load_eager, chosen, ModelIO.of(artifact), artifact.folder, scratch, becomes, blocks=conversion.blocks)
         states, note = states_alone(load_eager(), shown) if shown else ({}, "")
         load_eager.cache_clear()  # what opens the artifact needs the memory
     with stages("prove"):

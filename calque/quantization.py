@@ -23,6 +23,8 @@ Part = Literal["q", "scale", "zero_point"]
 
 # The shortest group that runtimes have kernels for.
 SHORTEST_GROUP = 16
+# And the longest. Source: MatMulNBits of onnxruntime@1.31.
+LONGEST_GROUP = 256
 # By how much the range of a group is narrowed, to see whether finer steps win more than what is clipped loses.
 NARROWER = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 # Elements that are searched at a time: what is made of them fits the second cache of a processor.
@@ -44,6 +46,10 @@ class Scheme:
             return self
         group = min(self.group, size & -size)
         return replace(self, group=group) if group >= SHORTEST_GROUP else None
+
+    def block(self, size: int) -> int:
+        """Return how many of ``size`` neighbours operators take together that know groups alone: a whole row is several then."""
+        return self.group or min(size & -size, LONGEST_GROUP)
 
     def __str__(self) -> str:
         """Return the scheme as one word, ``int4-g32``."""
@@ -89,15 +95,15 @@ def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -
     for start in range(0, rows, step):
         part = slice(start, start + step)
         grouped = weight[part].to(torch.float32).reshape(-1, columns // group, group)
-        chosen_scale, chosen_zero = _ranges(grouped, scheme, counts)
-        q[part] = _integers(grouped, chosen_scale, chosen_zero, scheme.bits).reshape(-1, columns).to(torch.int8)
+        chosen_scale, chosen_zero = ranges(grouped, scheme, counts)
+        q[part] = integers(grouped, chosen_scale, chosen_zero, scheme.bits).reshape(-1, columns).to(torch.int8)
         scale[part] = chosen_scale.squeeze(-1)
         if zero is not None and chosen_zero is not None:
             zero[part] = chosen_zero.squeeze(-1).to(torch.int8)
     return Quantized(q, scale, zero)
 
 
-def _ranges(grouped: Tensor, scheme: Scheme, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def ranges(grouped: Tensor, scheme: Scheme, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return scale and zero point of each group [rows, groups, 1]: those of the whole range, or of the best narrower one."""
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
     scale, zero = _steps(low, high, scheme)
@@ -126,7 +132,7 @@ def _steps(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | 
     return scale, (smallest - low / scale).round_().clamp_(smallest, largest)
 
 
-def _integers(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+def integers(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """Return the nearest integers, as floats."""
     steps = (grouped / scale).round_()
     return (steps if zero is None else steps.add_(zero)).clamp_(*bounds(bits))
@@ -134,10 +140,10 @@ def _integers(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int) ->
 
 def _error(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int, importance: Tensor | None) -> Tensor:
     """Return the squared error of each group, [rows, groups, 1]."""
-    integers = _integers(grouped, scale, zero, bits)
+    steps = integers(grouped, scale, zero, bits)
     if zero is not None:
-        integers -= zero
-    squared = integers.mul_(scale).sub_(grouped).square_()
+        steps -= zero
+    squared = steps.mul_(scale).sub_(grouped).square_()
     return (squared if importance is None else squared.mul_(importance)).sum(-1, keepdim=True)
 
 

@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from calque.choices import MOST_THREADS, Layout, Logits, Precision, Requirement
+from calque.choices import MOST_THREADS, NARROW, Layout, Logits, Precision, Requirement
 from calque.recipe_errors import Origin, Problem, problems_besides, problems_of, recipe_error
 from calque.strict_yaml import read_document
 
@@ -115,19 +115,27 @@ class Dims(_Settings):
 
 
 class Calibration(_Settings):
-    """The text that activation ranges are measured on."""
+    """The text that the model is measured on, for weights that are rounded by what they read and for activation ranges."""
 
     text: Name
     """File with the text, relative to the folder that `calque` runs in."""
     samples: Count = 128
-    """How many pieces of it are measured."""
+    """How many pieces of it are measured at most, each of 256 tokens."""
 
 
 class Parity(_Settings):
-    """Which scenarios the artifact must pass: all that its limits allow, or those named."""
+    """Which scenarios the artifact must pass, all that its limits allow or those named; and how good the model must still be."""
 
     scenarios: Annotated[Literal["all"] | tuple[Name, ...], BeforeValidator(_scenarios)] = "all"
     """all, or a list of names such as single-prompt and ragged-left."""
+    text: Name | None = None
+    """File with a text that the model's quality is measured on, relative to the folder that `calque` runs in; left out: random tokens."""
+    max_kl: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)] | None = None
+    """Largest mean KL divergence from the original model, in nats per position; layers are promoted to more bits until it holds."""
+    max_size: Bytes | None = None
+    """Most bytes of the files with graph and weights: 500MB, or a number of bytes."""
+    sensitivity: StrictBool = False
+    """Measure what the model loses by each layer's integers alone."""
 
 
 class Matrix(_Settings):
@@ -178,7 +186,7 @@ class Recipe(_Settings):
     passes: tuple[PassEntry, ...] | None = None
     """Passes in order, each a name or {name: {option: value}}; left out: the target's list; []: none."""
     calibration: Calibration | None = None
-    """Text that activation ranges are measured on."""
+    """Text that the model is measured on before it is rounded."""
     max_memory: Bytes | None = None
     """Memory that converting may use: 2GB, 512MiB, or a number of bytes."""
     parity: Parity = Parity()
@@ -278,6 +286,8 @@ class Recipe(_Settings):
         data["model"] = _without_path(self.model)
         if self.calibration:
             data["calibration"]["text"] = Path(self.calibration.text).name
+        if self.parity.text:
+            data["parity"]["text"] = Path(self.parity.text).name
         return data
 
 
@@ -287,8 +297,8 @@ LookUp = Callable[[Recipe], Iterable[Problem]]
 def unbuilt_settings(recipe: Recipe) -> list[str]:
     """Return one line for each setting that the schema knows and this version cannot follow."""
     lines = []
-    if recipe.calibration is not None:
-        lines.append("calibration  no precision that needs it is built")
+    if recipe.calibration is not None and recipe.precision in ("fp32", *NARROW):
+        lines.append(f"calibration  {recipe.precision} rounds nothing that a text could be measured for")
     if recipe.max_memory is not None:
         lines.append("max_memory  no limit is enforced; leave it out")
     if recipe.matrix is not None:

@@ -43,6 +43,8 @@ def _settings(recipe: Recipe, artifact: Artifact) -> Iterator[str]:
     for name in sorted({*tools, *artifact.tools}):
         if artifact.tools.get(name) != tools.get(name):
             yield f"{name} was {artifact.tools.get(name)}, is {tools.get(name)}"
+    if recipe.parity.text and recipe.parity.max_kl is not None:
+        yield "the manifest does not hold the text that decides which layers are promoted"
     if recipe.calibration:
         yield "the manifest does not hold the text of the calibration"
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from calque.errors import SourceUnreadable
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 FILE = "tokenizer.json"
 # What transformers makes a tokenizer of, the likeliest first.
@@ -43,6 +48,27 @@ def complete_tokenizer(source: Path, folder: Path, trust_remote_code: bool) -> s
     others = _differing(made, vocabulary)
     warning = f" It splits {others[0]!r} otherwise than {vocabulary.name} itself: compare them before you rely on it." if others else ""
     return f"{FILE} was made of {vocabulary.name} by transformers.{warning}"
+
+
+def load(folder: Path, trust_remote_code: bool) -> Tokenizer | None:
+    """Return the tokenizer of the model in ``folder``, as its tokenizer.json has it or as transformers makes it; None without one.
+
+    Raises:
+        SourceUnreadable: it has one that cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    vocabulary = next((path for name in (FILE, *VOCABULARIES) for path in sorted(folder.glob(name)) if path.is_file()), None)
+    if vocabulary is None:
+        return None
+    try:
+        made: Tokenizer = (
+            Tokenizer.from_file(str(vocabulary)) if vocabulary.name == FILE else _convert(folder, vocabulary, trust_remote_code)
+        )
+    except Exception as error:  # the tokenizers library raises Exception itself, and conversions fail as they like
+        reason = " ".join(str(error).split())[:300].rstrip(". ") or type(error).__name__
+        raise SourceUnreadable(f"{vocabulary} is no tokenizer that can be read: {reason}", fix="fetch it again") from error
+    return made
 
 
 def _convert(source: Path, vocabulary: Path, trust_remote_code: bool) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind, Outpu
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from calque import ops  # noqa: F401  # registers torch.ops.calque
+from calque import expert_ops, ops, quantized_ops  # noqa: F401  # register torch.ops.calque
 from calque.artifact import Limits, TensorSpec
 from calque.states import StateSpec
 from calque.weights import Derived, Weight, WeightTable, rounded, torch_dtype_name
@@ -46,6 +47,14 @@ class TracedModel:
     trained_length: int | None = None
     # Parameters of the untouched model that a pass gave other values: by name, what it would hold to compute the same.
     replaced: dict[str, Weight] = field(default_factory=dict)
+    # Parameters that are integers, and how many of the values that a product with one reads may share a scale.
+    blocks: dict[str, int] = field(default_factory=dict)
+    # Rows of tokens that the model is measured on, with what the tokenizer puts around a text; none without calibration.
+    samples: tuple[tuple[int, ...], ...] = ()
+    # What was measured on them, by what was asked: the traces of one conversion share it, so that they all get the same integers.
+    calibrations: dict[Any, Any] = field(default_factory=dict)
+    # A folder for what measuring keeps in files; None: the system's own.
+    scratch: Path | None = None
     # Parameters that the checkpoint holds in another form than numbers: by name, that form and what becomes of it, in words.
     quantized: dict[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -276,8 +285,14 @@ class TracedModel:
         program._module_call_graph = entries
         program._state_dict = dict(self.program.state_dict)
         program._constants = dict(self.program.constants)
-        weights = replace(self.weights, entries=dict(self.weights.entries))
-        return replace(self, program=program, weights=weights, replaced=dict(self.replaced), quantized=dict(self.quantized))
+        return replace(
+            self,
+            program=program,
+            weights=replace(self.weights, entries=dict(self.weights.entries)),
+            replaced=dict(self.replaced),
+            blocks=dict(self.blocks),
+            quantized=dict(self.quantized),
+        )
 
 
 def source_of(node: Node) -> tuple[str, str]:

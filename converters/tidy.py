@@ -14,12 +14,16 @@
     before  view(x, shape)
     after   reshape(x, shape)
 
+    before  matmul(x, transpose(w, 0, 1))  x @ w.T  mm(x, t(w))      w a parameter [out, in]
+    after   linear(x, w)
+
 Shapes and values are those of before; views that differ in strides alone are one to every target.
 """
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -53,11 +57,15 @@ LOGICAL = {
     aten.bitwise_and.Tensor: aten.logical_and.default,
     aten.bitwise_or.Tensor: aten.logical_or.default,
 }
+# Products that read a weight [in, out]; Falcon's is one that it turns first.
+MULTIPLIED = {aten.matmul.default, aten.mm.default}
+TURNED = {aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default}
 
 
 def tidy(model: TracedModel) -> int:
     """Return how many nodes were removed or simplified; the graph computes what it did and changes nothing in place."""
     count = functionalize(model)
+    parameters = set(model.parameters().values())
     for node in list(model.graph.nodes):
         if node.op != "call_function":
             continue
@@ -77,6 +85,9 @@ def tidy(model: TracedModel) -> int:
         elif node.target is aten.view.default:
             # A view of what was contiguous before a copy went; reshape is view wherever view was right.
             node.target = aten.reshape.default
+        elif node.target in MULTIPLIED and (weight := _turned(node.args[1])) in parameters:
+            node.target, node.args = aten.linear.default, (node.args[0], weight)
+            count += 1
         elif node.target in LOGICAL and node.meta["val"].dtype == torch.bool:
             node.target = LOGICAL[node.target]
             count += 1
@@ -143,6 +154,16 @@ def _says_nothing(node: Node) -> bool:
         sizes = node.args[1]
         return bool(len(sizes) == node.args[0].meta["val"].dim() and all(size == -1 for size in sizes))  # type: ignore[union-attr, arg-type]
     return False
+
+
+def _turned(value: Any) -> Any:
+    """Return the matrix that the argument is with its two axes swapped; None if it is not."""
+    if not isinstance(value, Node) or value.op != "call_function" or value.target not in TURNED or value.meta["val"].dim() != 2:
+        return None
+    given: tuple[Any, ...] = value.args
+    axes = given[1:] if value.target is aten.transpose.int else given[1] if value.target is aten.permute.default else (1, 0)
+    same = value.target is aten.permute.default and axes[0] % 2 == 0
+    return None if same or axes[0] % 2 == axes[1] % 2 else given[0]
 
 
 def _in_float32(model: TracedModel, node: Node) -> None:

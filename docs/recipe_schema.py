@@ -35,6 +35,7 @@ def schema() -> dict[str, Any]:
     keys["passes"]["anyOf"][0]["items"] = {"$ref": "#/$defs/Pass"}
     parts["Pass"] = _pass()
     _one_of(keys["max_memory"]["anyOf"], "string")["pattern"] = SIZE
+    _one_of(parts["Parity"]["properties"]["max_size"]["anyOf"], "string")["pattern"] = SIZE
     named = _one_of(parts["Parity"]["properties"]["scenarios"]["anyOf"], "array")
     named.update(minItems=1, items={"type": "string", "pattern": f"^({NAMES.pattern})$"})
     for dimension in ("batch_size", "sequence_length"):

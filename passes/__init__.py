@@ -53,6 +53,21 @@ class ChangesOutputs(Protocol):
         ...
 
 
+@runtime_checkable
+class Calibrated(Protocol):
+    """A pass that may measure on text."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it does, as its options are."""
+        ...
+
+
+def calibrated(rewrite: Pass) -> bool:
+    """Return whether a pass measures on text."""
+    return isinstance(rewrite, Calibrated) and rewrite.calibrated
+
+
 def names() -> list[str]:
     """Return the name of every pass, plug-ins' too."""
     return sorted({*built_in(), *plugins.names(plugins.PASSES)})

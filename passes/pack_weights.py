@@ -6,32 +6,33 @@
             embedding(calque.dequantize_weight(%q, …), %ids)
     after   calque.packed_linear(%x, %packed, %scale, %zero_points, %b, bits, group, in)       packed = Derived(pack, q)
             calque.packed_embedding(%ids, %packed, %scale, %zero_points, bits, group, in)
-    left    integers that something else reads
+    left    integers that something else reads; rows that no group of 16 or more divides
 
 A scale for a whole row becomes one for each group of it, the longest up to 256 that divides it: the operators know no other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
-from calque.packing import pack, pack_zero_points
+from calque.packing import pack, pack_zero_points, zero_point_bytes
 from calque.passes import Rewrites
 from calque.patterns import aten
+from calque.quantization import SHORTEST_GROUP, Scheme
 from calque.traced import call, user_nodes
-from calque.weights import Derived, torch_dtype_name
+from calque.weights import Derived
 
 if TYPE_CHECKING:
     from calque.traced import TracedModel
 
 calque = torch.ops.calque
-# Source: MatMulNBits of onnxruntime@1.31 takes blocks of 16 to 256.
-LONGEST_GROUP = 256
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,22 @@ class PackWeights:
             if odd := next((user for user in node.users if not _reads(user, node)), None):
                 skipped.append((node.name, f"{odd.target} reads it, which has no form that takes integers"))
                 continue
+            if _block(node) < SHORTEST_GROUP:
+                skipped.append((node.name, f"its rows divide into no group of {SHORTEST_GROUP} or more"))
+                continue
             for user in list(node.users):
                 packing.join(user, node)
                 count += 1
         model.graph.eliminate_dead_code()
         model.drop_unused_parameters()
         return Rewrites(count, tuple(skipped))
+
+
+def _block(weight: Node) -> int:
+    """Return the group that the weight is packed with."""
+    arguments: Any = weight.args
+    size = int(arguments[0].meta["val"].shape[1])
+    return Scheme(arguments[3], arguments[5]).block(size)
 
 
 def _reads(user: Node, weight: Node) -> bool:
@@ -67,7 +78,7 @@ class _Packing:
     """The parameters that were packed so far, by those that they hold."""
 
     model: TracedModel
-    made: dict[Node, Node] = field(default_factory=dict)
+    made: dict[tuple[Node, str], Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.names = {node: name for name, node in self.model.parameters().items()}
@@ -76,17 +87,21 @@ class _Packing:
         """Let one operator do what the node and the weight it reads do."""
         arguments: Any = weight.args
         q, scale, zero_point, bits, _, group = arguments
-        size = int(q.meta["val"].shape[1])
-        block = group or min(size & -size, LONGEST_GROUP)
-        packed = self._packed(q, partial(pack, bits=bits, group=block), _shape(q, size // block, block * bits // 8))
-        if not group:
-            scale, zero_point = (self._repeated(part, size // block) for part in (scale, zero_point))
-        if zero_point is not None:
-            shape = _shape(q, (size // block * bits + 7) // 8)
-            zero_point = self._packed(zero_point, partial(pack_zero_points, bits=bits), shape)
+        size, looks_up = int(q.meta["val"].shape[1]), user.target is aten.embedding.default
+        block = _block(weight)
+        groups = size // block
+        packed = self._made(q, "packed", partial(pack, bits=bits, group=block), "uint8", groups, block * bits // 8)
+        if not group and groups > 1:
+            repeat = partial(torch.Tensor.repeat, repeats=(1, groups))
+            scale = self._made(scale, "repeated", repeat, "float32", groups)
+            zero_point = zero_point and self._made(zero_point, "repeated", repeat, "int8", groups)
+        if zero_point and looks_up:
+            zero_point = self._made(zero_point, "bytes", partial(zero_point_bytes, bits=bits), "uint8", groups)
+        elif zero_point:
+            zero_point = self._made(zero_point, "packed", partial(pack_zero_points, bits=bits), "uint8", (groups * bits + 7) // 8)
         with self.model.graph.inserting_before(user):
             given: Any = user.args
-            if user.target is aten.embedding.default:
+            if looks_up:
                 made = call(self.model.graph, calque.packed_embedding.default, given[1], packed, scale, zero_point, bits, block, size)
             else:
                 bias = given[2] if len(given) > 2 else None
@@ -95,28 +110,11 @@ class _Packing:
         user.replace_all_uses_with(made)
         self.model.graph.erase_node(user)
 
-    def _packed(self, node: Node, function: Any, shape: tuple[int, ...]) -> Node:
-        """Return the parameter that holds what ``function`` makes of that of ``node``."""
-        if node not in self.made:
-            weight = self.model.weights[self.names[node]]
-            made = Derived((weight,), "pack", function, "uint8", shape, moved=False)
-            self.made[node] = self.model.add_parameter(f"{self.names[node]}.packed", made, like=node)
-        return self.made[node]
-
-    def _repeated(self, node: Node | None, count: int) -> Node | None:
-        """Return the parameter with its one column ``count`` times."""
-        if node is None or count == 1:
-            return node
-        if node not in self.made:
-            weight = self.model.weights[self.names[node]]
-            made = Derived(
-                (weight,), f"repeat{count}", lambda one: one.repeat(1, count), torch_dtype_name(weight), (weight.shape[0], count)
-            )
-            self.made[node] = self.model.add_parameter(f"{self.names[node]}.repeated", made, like=node)
-            self.names[self.made[node]] = f"{self.names[node]}.repeated"
-        return self.made[node]
-
-
-def _shape(q: Node, *sizes: int) -> tuple[int, ...]:
-    """Return a shape with the rows of the integers and those sizes."""
-    return (int(q.meta["val"].shape[0]), *sizes)
+    def _made(self, node: Node, ending: str, function: Callable[[Tensor], Tensor], dtype: str, *sizes: int) -> Node:
+        """Return the parameter, [out, *sizes], that holds what ``function`` makes of that of ``node``."""
+        if (node, ending) not in self.made:
+            weight, name = self.model.weights[self.names[node]], f"{self.names[node]}.{ending}"
+            made = Derived((weight,), ending, function, dtype, (weight.shape[0], *sizes), moved=False)
+            self.made[node, ending] = self.model.add_parameter(name, made, like=node)
+            self.names[self.made[node, ending]] = name
+        return self.made[node, ending]

@@ -85,6 +85,9 @@ class OnnxRuntimeSession:
         """Return what ONNX Runtime opens: the file, or its bytes changed."""
         return os.fspath(path)
 
+    def configure(self, options: Any) -> None:
+        """Leave the session options of ONNX Runtime as they are wanted beyond threads and files: as they come."""
+
     def _load(self, spec: GraphSpec) -> Any:
         try:
             import onnxruntime
@@ -99,6 +102,7 @@ class OnnxRuntimeSession:
         options.intra_op_num_threads = self.threads
         # Where weights lie beside a graph that is given as bytes.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(path.parent))
+        self.configure(options)
         try:
             session = onnxruntime.InferenceSession(self.model(path), options, providers=["CPUExecutionProvider"])
         except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:

@@ -5,6 +5,7 @@ Source: the operator schemas and CPU kernels of onnxruntime 1.31.1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,9 +98,33 @@ def packed_linear(x: Any, packed: Any, scale: Any, zero_point: Any, bias: Any, b
 
 def packed_embedding(ids: Any, packed: Any, scale: Any, zero_point: Any, bits: int, group: int, size: int) -> Any:
     """Return ``GatherBlockQuantized`` of the bytes that a product reads too, which lie in three axes: a group's scale is one of its row."""
-    scale = op.Unsqueeze(scale, ints(2))
+    scale, zero_point = (None if part is None else op.Unsqueeze(part, ints(2)) for part in (scale, zero_point))
     rows = contrib("GatherBlockQuantized", [packed, ids, scale, zero_point], bits=bits, block_size=group, gather_axis=0, quantize_axis=2)
     return op.Reshape(rows, ints(0, 0, size))
+
+
+def packed_experts(
+    x: Any, routing: Any, up: Any, up_scale: Any, up_zero_point: Any, up_bias: Any, down: Any, down_scale: Any, down_zero_point: Any,
+    down_bias: Any, bits: int, group: int, chosen: int, alpha: float, beta: float, limit: float,
+) -> Any:  # fmt: skip
+    """Return ``QMoE``; by the routing it chooses experts, and weighs them: where none is below 0, those above it are the chosen."""
+    return contrib(
+        "QMoE",
+        [x, routing, up, up_scale, up_bias, down, down_scale, down_bias, None, None, None, up_zero_point, down_zero_point, None, routing],
+        k=chosen,
+        expert_weight_bits=bits,
+        block_size=group,
+        activation_type="swiglu",
+        swiglu_fusion=1,
+        activation_alpha=alpha,
+        activation_beta=beta,
+        swiglu_limit=limit or math.inf,
+    )
+
+
+def dynamic_linear(x: Any, q: Any, scale: Any, bias: Any) -> Any:
+    """Return ``DynamicQuantizeMatMul``, which rounds what it is given to the range of each call and multiplies integers."""
+    return contrib("DynamicQuantizeMatMul", [x, q, scale, None, bias])
 
 
 CONTRIB: Table = {
@@ -112,6 +137,8 @@ CONTRIB: Table = {
     torch.ops.calque.quick_gelu.default: quick_gelu,
     torch.ops.calque.packed_linear.default: packed_linear,
     torch.ops.calque.packed_embedding.default: packed_embedding,
+    torch.ops.calque.packed_experts.default: packed_experts,
+    torch.ops.calque.dynamic_linear.default: dynamic_linear,
     torch.ops.aten.silu.default: quick_gelu,
     torch.ops.aten.linear.default: linear,
 }

@@ -177,7 +177,55 @@ def join_heads(x: Any) -> Any:
     return op.Reshape(x, ints(0, 0, -1))
 
 
+def dequantize_weight(q: Any, scale: Any, zero_point: Any, bits: int, axis: int, group: int) -> Any:
+    """Return ``DequantizeLinear``, a whole row being one block where ``group`` is 0."""
+    return op.DequantizeLinear(q, scale, zero_point, axis=axis, block_size=group or q.shape[axis])
+
+
+def dequantize_linear(q: Any, scale: Any, zero_point: Any, bits: int, axis: int, group: int) -> Any:
+    """Return ``DequantizeLinear``; integers of 4 bits are given their type where weights are bound."""
+    return op.DequantizeLinear(q, scale, zero_point, axis=axis, **({"block_size": group} if group else {}))
+
+
+def dequantize_lookup(ids: Any, q: Any, scale: Any, zero_point: Any, axis: int, group: int) -> Any:
+    """Return the entries as numbers: integers are looked up, not the whole table made numbers before."""
+    rank, size = len(ids.shape), q.shape[1 - axis]
+
+    def entries(part: Any, vector: bool) -> Any:
+        """Return [*ids, 1, size], or with scales of groups [*ids, groups, 1]."""
+        at = 0 if vector else axis
+        found = op.Gather(part, ids, axis=at)
+        return op.Transpose(found, perm=[*range(1, rank + 1), 0]) if at else found
+
+    number: Any = op.Cast(entries(q, False), to=FLOAT)
+    if group:
+        number = op.Reshape(number, ints(*[0] * rank, size // group, group))
+    if zero_point is not None:
+        zero: Any = op.Cast(op.Unsqueeze(entries(zero_point, not group), ints(-1)), to=FLOAT)
+        number = op.Sub(number, zero)
+    number = op.Mul(number, op.Unsqueeze(entries(scale, not group), ints(-1)))
+    return op.Reshape(number, ints(*[0] * rank, size)) if group else number
+
+
+def round_activations(x: Any) -> Any:
+    """Return ``DynamicQuantizeLinear``, and back."""
+    return op.DequantizeLinear(*op.DynamicQuantizeLinear(x))
+
+
+def dynamic_linear(x: Any, q: Any, scale: Any, bias: Any) -> Any:
+    """Return ``MatMulInteger`` of what is rounded anew in each call, of which ONNX Runtime makes its DynamicQuantizeMatMul."""
+    integers, steps, zero_point = op.DynamicQuantizeLinear(x)
+    summed = op.Cast(op.MatMulInteger(integers, q, zero_point), to=FLOAT)
+    out = op.Mul(summed, op.Mul(steps, scale))
+    return out if bias is None else op.Add(out, bias)
+
+
 STANDARD: Table = {
+    torch.ops.calque.dequantize_linear.default: dequantize_linear,
+    torch.ops.calque.dequantize_lookup.default: dequantize_lookup,
+    torch.ops.calque.quantize_linear.default: lambda x, scale, zero_point: op.QuantizeLinear(x, scale, zero_point),
+    torch.ops.calque.round_activations.default: round_activations,
+    torch.ops.calque.dynamic_linear.default: dynamic_linear,
     torch.ops.calque.flat_rotary.default: flat_rotary,
     torch.ops.calque.mask_bias.default: mask_bias,
     torch.ops.calque.padding_bias.default: padding_bias,
@@ -191,6 +239,7 @@ STANDARD: Table = {
     torch.ops.calque.attention_mask.default: lambda full, key_mask, kind, window: op.Identity(full),
     torch.ops.calque.attention.default: attention,
     torch.ops.calque.keep_last.default: keep_last,
+    torch.ops.calque.dequantize_weight.default: dequantize_weight,
     torch.ops.calque.write_slots.default: write_slots,
     torch.ops.aten.linear.default: linear,
     torch.ops.aten.split_with_sizes.default: split_with_sizes,

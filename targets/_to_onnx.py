@@ -22,7 +22,7 @@ from torch.fx import Node
 from calque.errors import Unsupported
 from calque.targets import Problem
 from calque.targets._standard import SLOTS, SLOTS_OPSET, STANDARD, Table
-from calque.traced import TracedModel, source_of
+from calque.traced import TracedModel, source_of, user_nodes
 from calque.weights import Weight, torch_dtype_name
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ DTYPES = {
     "int32": "INT32",
     "bool": "BOOL",
     "uint8": "UINT8",
+    "int8": "INT8",
 }
 
 
@@ -187,6 +188,7 @@ def _quiet() -> Iterator[None]:
 def _bind_weights(lowered: ir.Model, model: TracedModel) -> None:
     """Make every initializer read its bytes from the weight table when it is written; tied names become one."""
     first: dict[int, ir.Value] = {}
+    narrow = _of_four_bits(model)
     for name, value in list(lowered.graph.initializers.items()):
         if name not in model.weights:
             continue
@@ -196,14 +198,26 @@ def _bind_weights(lowered: ir.Model, model: TracedModel) -> None:
             del lowered.graph.initializers[name]
             continue
         first[id(weight)] = value
-        value.const_value = _lazy(name, weight)
+        value.const_value = _lazy(name, weight, name in narrow)
+        value.dtype = value.const_value.dtype
 
 
-def _lazy(name: str, weight: Weight) -> ir.LazyTensor:
+def _of_four_bits(model: TracedModel) -> set[str]:
+    """Return the names of parameters, int8 on the graph, that are stored as integers of 4 bits."""
+    names = {node: name for name, node in model.parameters().items()}
+    targets = (torch.ops.calque.dequantize_weight.default, torch.ops.calque.dequantize_linear.default)
+    nodes = [node for target in targets for node in user_nodes(model.graph.nodes, target) if node.args[3] == 4]
+    return {names[part] for node in nodes for part in (node.args[0], node.args[2]) if part in names}  # type: ignore[index]
+
+
+def _lazy(name: str, weight: Weight, narrow: bool) -> ir.LazyTensor:
+    dtype = ir.DataType.INT4 if narrow else ir.DataType[DTYPES[torch_dtype_name(weight)]]
+
     def read() -> ir.TensorProtocol:
-        return ir.tensor(weight.read().contiguous(), name=name)
+        tensor = weight.read().contiguous()
+        return ir.Tensor(tensor.numpy().astype(dtype.numpy()), name=name) if narrow else ir.tensor(tensor, name=name)
 
-    return ir.LazyTensor(read, dtype=ir.DataType[DTYPES[torch_dtype_name(weight)]], shape=ir.Shape(weight.shape), name=name)
+    return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(weight.shape), name=name)
 
 
 def _name(lowered: ir.Model, model: TracedModel) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from calque.artifact import Artifact, GraphSpec
 from calque.choices import NARROW, QUANTIZED
-from calque.errors import TargetUnavailable
+from calque.errors import TargetUnavailable, UsageError
 from calque.passes import Pass
 from calque.targets import Emitted, Problem, package_rows
 
@@ -39,7 +39,8 @@ class OnnxRuntime:
 
     ``padding``: where a row of a batch may have some. ``right`` and ``none`` let attention turn queries and keys by itself.
     ``cache``: ``dynamic`` grows from call to call, ``static`` is slots that are written in place, ``dims.max_length`` of them.
-    ``activations``: what int4 and int8 multiply: values rounded to 8 bits, group by group, or float32 as they are.
+    ``activations``: what int4 and int8 multiply: values rounded to 8 bits, group by group (``int8``) or all of a call alike
+    (``dynamic``, of int8 alone), or float32 as they are.
     ``arithmetic``: what fp16 and bf16 compute in: their own type, or float32 with weights alone stored in theirs.
     """
 
@@ -47,7 +48,7 @@ class OnnxRuntime:
     padding: Literal["any", "right", "none"] = "any"
     cache: Literal["dynamic", "static"] = "dynamic"
     arithmetic: Literal["narrow", "float32"] = "narrow"
-    activations: Literal["int8", "float32"] = "int8"
+    activations: Literal["int8", "dynamic", "float32"] = "int8"
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
@@ -55,16 +56,25 @@ class OnnxRuntime:
             raise ValueError(f"padding: {self.padding} belongs to operators: fused; standard ones take padding anywhere")
         if self.cache == "static" and self.padding == "none":
             raise ValueError("padding: none belongs to cache: dynamic; slots take padding on the right")
+        if self.operators == "standard" and self.activations == "float32":
+            raise ValueError(
+                "activations: float32 belongs to operators: fused; of standard ones the runtime says how it multiplies integers"
+            )
 
     name: ClassVar[str] = "onnxruntime"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "bf16", "int8", "int4")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "bf16", "int8", "int8-static", "int4")
 
     def passes(self, precision: str) -> tuple[Pass, ...]:
-        """Return the passes of this target, in order."""
+        """Return the passes of this target, in order.
+
+        Raises:
+            UsageError: an option that the precision does not go with.
+        """
         from calque.passes.cache_dynamic import CacheDynamic
         from calque.passes.cache_static import CacheStatic
         from calque.passes.cast_precision import CastPrecision
         from calque.passes.drop_zero_bias import DropZeroBias
+        from calque.passes.fuse_experts import FuseExperts
         from calque.passes.fuse_gelu import FuseGelu
         from calque.passes.fuse_grouped_attention import FuseGroupedAttention
         from calque.passes.fuse_layer_norm import FuseLayerNorm
@@ -72,22 +82,21 @@ class OnnxRuntime:
         from calque.passes.fuse_rms_norm import FuseRmsNorm
         from calque.passes.fuse_rotary import FuseRotary
         from calque.passes.merge_qkv import MergeQkv
-        from calque.passes.pack_weights import PackWeights
-        from calque.passes.quantize_weights import QuantizeWeights
         from calque.passes.simplify_shapes import SimplifyShapes
         from calque.passes.transpose_linear import TransposeLinear
 
         # Last: casts would stand between what the others look for, and tables that they make are weights too.
         cast = (CastPrecision(NARROW[precision], self.arithmetic),) if precision in NARROW else ()
-        quantize = (QuantizeWeights(**QUANTIZED[precision]),) if precision in QUANTIZED else ()
-        pack = (PackWeights(),) if quantize else ()
+        quantize, pack = self._integers(precision) if precision in QUANTIZED else ((), ())
         cache = CacheStatic() if self.cache == "static" else CacheDynamic()
         if self.operators == "standard":
             # What follows, in operators of the standard.
             written = (FuseGelu(), FuseRmsNorm(), FuseLayerNorm(), FuseRotary())
-            return (DropZeroBias(), *written, cache, SimplifyShapes(), TransposeLinear(), *cast)
+            return (*quantize, DropZeroBias(), *written, cache, SimplifyShapes(), *pack, TransposeLinear(), *cast)
+        experts = (FuseExperts(rounded=self.activations == "int8"),) if quantize else ()
         joined = (
             *quantize,  # first, while parameters have the names of the checkpoint
+            *experts,  # those that a token chose run, and no others
             DropZeroBias(),  # an addition less for each
             FuseGelu(),  # up to eight operators an activation become one
             FuseRmsNorm(),  # five operators a norm become one
@@ -103,10 +112,27 @@ class OnnxRuntime:
             FuseGroupedAttention(self.padding),  # the cache is grown where it is read, not copied before
             MergeQkv(),  # one product where three read the same values
             SimplifyShapes(),  # what is left of shapes, mostly of models whose attention is their own
-            *pack,  # the operators read bytes
+            *pack,  # the operators read bytes, or integers [in, out]
             TransposeLinear(),  # MatMul reads [in, out]; a transposed constant would be copied when the session loads
             *cast,
         )
+
+    def _integers(self, precision: str) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+        """Return the passes that make integers of numbers, and those that lay them out for the operators that read them."""
+        from calque.passes.lay_out_integers import LayOutIntegers
+        from calque.passes.pack_weights import PackWeights
+        from calque.passes.quantize_activations import QuantizeActivations
+        from calque.passes.quantize_weights import QuantizeWeights
+
+        if (self.activations != "int8" and precision == "int8-static") or (self.activations == "dynamic" and precision != "int8"):
+            raise UsageError(f"activations: {self.activations} does not go with precision: {precision}", fix="leave one of the two out")
+        weights = QuantizeWeights(**QUANTIZED[precision])
+        if precision == "int8-static":
+            # Ranges first: they are those of the model as it was trained.
+            return (QuantizeActivations("static", "mse"), weights), (LayOutIntegers(),)
+        if self.activations == "dynamic":
+            return (QuantizeActivations("dynamic"), weights), (LayOutIntegers(),)
+        return (weights,), (LayOutIntegers() if self.operators == "standard" else PackWeights(),)
 
     def problems(self, model: TracedModel) -> list[Problem]:
         """Return the nodes that have no ONNX translation."""
@@ -119,12 +145,12 @@ class OnnxRuntime:
         import onnx_ir as ir
 
         from calque.targets import _to_onnx
-        from calque.targets._exact import LEVEL, ROUNDED
+        from calque.targets._exact import LEVEL, LEVELLED, ROUNDED
 
         lowered = _to_onnx.to_onnx(model, self._table())
         if self.activations == "int8":
             for node in lowered.graph:
-                if node.op_type == "MatMulNBits":
+                if node.op_type in LEVELLED:
                     node.attributes[LEVEL] = ir.AttrInt64(LEVEL, ROUNDED)
         return lowered
 
@@ -178,7 +204,7 @@ class OnnxRuntime:
         """Return a session over the artifact that rounds no activations; None where it rounds none itself."""
         from calque.targets._exact import ExactSession
 
-        return ExactSession(artifact, threads) if artifact.precision in QUANTIZED and self.activations == "int8" else None
+        return ExactSession(artifact, threads) if artifact.precision in QUANTIZED and self.activations != "float32" else None
 
     def doctor(self) -> list[tuple[str, str, str]]:
         """Return the packages that emitting and running take."""

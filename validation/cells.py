@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from calque.artifact import MANIFEST, Artifact, require_folder
+from calque.console import quality_tables, quality_title
 from calque.errors import ArtifactUnreadable
 from calque.staging import rejected_folder
 from calque.validation.report import Report
@@ -118,6 +119,10 @@ def _check_rows(folder: Path, report: Report) -> None:
     for row in report.scenarios:
         if not isinstance(row, dict) or not {"name", "limit"} <= row.keys() or row.get("status") not in ("passed", "failed", "not_run"):
             raise ArtifactUnreadable(f"{folder}: a scenario of the report is not one: {row}", fix="convert the model again")
+    try:
+        quality_title(report.quality), quality_tables(report.quality)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactUnreadable(f"{folder}: the quality in the report cannot be read: {error}", fix="convert the model again") from error
 
 
 def _read_matrix(folder: Path) -> Iterator[Cell]:

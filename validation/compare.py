@@ -12,6 +12,7 @@ import numpy as np
 
 from calque.errors import CalqueError, ParityFailed, TargetUnavailable, Unsupported
 from calque.validation.drive import ModelIO, Reached, run
+from calque.validation.rounding import FACTOR
 from calque.validation.tolerance import tolerance
 
 if TYPE_CHECKING:
@@ -102,6 +103,16 @@ def _where(reached: Reached, position: int, scenario: Scenario) -> str:
     return f"row {reached.row}, position {position} ({at if reached.output == RANKED else reached.output})"
 
 
+def bounds(io: ModelIO, references: Mapping[str, Reference] | None) -> tuple[float, float]:
+    """Return how far honest values may lie from the references, in σ, and from where on they have failed."""
+    row = tolerance(io.dtype)
+    noise, limit = row.noise(io.layers), row.limit(io.layers)
+    if not io.rounded or not references:
+        return noise, limit
+    rounding = max(reference.rounding for reference in references.values())
+    return max(noise, rounding), max(limit, FACTOR * rounding)
+
+
 def compare(session: Session, io: ModelIO, scenario: Scenario, references: Mapping[str, Reference] | None) -> Row:
     """Return how the session did: ``status`` passed, failed or not_run, with the figures and the first fault as reason.
 
@@ -112,16 +123,16 @@ def compare(session: Session, io: ModelIO, scenario: Scenario, references: Mappi
     Raises:
         TargetUnavailable: the session's runtime is not here after all.
     """
-    row = tolerance(io.arithmetic)
+    noise, limit = bounds(io, references)
     begun = time.perf_counter()
     if scenario.not_run:
-        return _result(scenario, None, "not_run", scenario.not_run, 0.0, row.limit(io.layers))
+        return _result(scenario, None, "not_run", scenario.not_run, 0.0, limit)
     if scenario.refuse:
         status, said = _refused(session, io, scenario)
-        return _result(scenario, None, status, said, time.perf_counter() - begun, row.limit(io.layers))
+        return _result(scenario, None, status, said, time.perf_counter() - begun, limit)
     if references is None:
         raise ValueError(f"scenario {scenario.name} has no reference")
-    met = Comparison(scenario, references, row.limit(io.layers), row.noise(io.layers))
+    met = Comparison(scenario, references, limit, noise)
     try:
         for reached in run(session, io, scenario):
             met.add(reached)

@@ -70,13 +70,8 @@ class ModelIO:
             pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0,
             # Weights alone are of that precision where an option says that all is computed in float32.
             "fp32" if options.get("arithmetic") == "float32" else artifact.precision,
-            not exact and artifact.precision in QUANTIZED and options.get("activations", "int8") == "int8",
+            not exact and artifact.precision in QUANTIZED and options.get("activations", "int8") != "float32",
         )
-
-    @property
-    def arithmetic(self) -> str:
-        """What products are computed in: the row of the table of limits."""
-        return "int8" if self.rounded else self.dtype
 
     @property
     def layers(self) -> int:

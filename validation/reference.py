@@ -13,6 +13,7 @@ import numpy as np
 
 from calque.errors import ArtifactUnreadable, SourceUnreadable
 from calque.validation.eager import eager_outputs
+from calque.validation.rounding import rounded_activations
 from calque.validation.scenarios import PAD, Scenario, calls
 
 if TYPE_CHECKING:
@@ -67,12 +68,14 @@ class Reference:
     """What is expected of one output in one scenario.
 
     ``columns``: which of its last axis (of logits: the vocabulary) ``values`` hold, None meaning all. ``sigmas``: per row,
-    the standard deviation of all its values. ``tables``: per row and side of ``recompute_at``.
+    the standard deviation of all its values. ``tables``: per row and side of ``recompute_at``. ``rounding``: how far, in σ,
+    8 bits for what products read moved a value of it; 0 where that was not asked for.
     """
 
     columns: NDArray[np.int64] | None
     sigmas: tuple[float, ...]
     tables: Mapping[Key, Table]
+    rounding: float = 0.0
 
 
 def needed(scenario: Scenario) -> dict[Key, NDArray[np.int64]]:
@@ -101,21 +104,23 @@ def store_reference(
     scratch: Path,
     expected: Callable[[Outputs], Outputs] = dict,
     budget: int = BUDGET,
+    blocks: Mapping[str, int] | None = None,
 ) -> dict[str, dict[str, Reference]]:
     """``folder/reference`` holds one npz a scenario, at most ``budget`` bytes together; return the whole references by output.
 
     What the whole references hold lies in files of ``scratch``, mapped, and is good as long as these stay. One eager
     forward is made for each pool row, batch 1, no padding, no cache; one more where the row also grows past
     ``recompute_at``. Without a cache what comes later in a text changes what came before: each length is one forward.
-    ``expected``: what the passes make of the outputs of one row.
+    ``expected``: what the passes make of the outputs of one row. ``blocks``: parameters whose products round what they read,
+    each with how many values share a scale; then every row is run a second time, rounded.
 
     Raises:
         SourceUnreadable: the eager model's own outputs are not finite.
     """
     scenarios = [scenario for scenario in scenarios if not scenario.not_run]
     pool = _pool_rows(scenarios, prefixes=bool(io.states))
-    measured = _forward_pool(load_eager, pool, io, expected, scratch) if pool else {}
-    references = {scenario.name: _gather(scenario, io, measured) for scenario in scenarios}
+    measured, moved = _forward_pool(load_eager, pool, io, expected, scratch, blocks or {}) if pool else ({}, {})
+    references = {scenario.name: _gather(scenario, io, measured, moved) for scenario in scenarios}
     (folder / FOLDER).mkdir(exist_ok=True)
     columns = {spec.name: _columns(scenarios, references, spec, budget // len(io.outputs)) for spec in io.outputs}
     for scenario in scenarios:
@@ -144,10 +149,12 @@ def _forward_pool(
     io: ModelIO,
     expected: Callable[[Outputs], Outputs],
     scratch: Path,
-) -> dict[PoolKey, dict[str, Table]]:
-    """Return the eager model's answer to each pool row, by output, values mapped from ``scratch``."""
+    blocks: Mapping[str, int],
+) -> tuple[dict[PoolKey, dict[str, Table]], dict[PoolKey, dict[str, float]]]:
+    """Return the eager model's answer to each pool row, by output, values mapped from ``scratch``; and how far rounding moves it."""
     model = load_eager().eval()
     measured: dict[PoolKey, dict[str, Table]] = {}
+    moved: dict[PoolKey, dict[str, float]] = {}
     for (row, beyond, length), tokens in sorted(pool.items()):
         outputs = expected(eager_outputs(model, tokens, io.inputs))
         if missing := [spec.name for spec in io.outputs if spec.name not in outputs]:
@@ -158,7 +165,11 @@ def _forward_pool(
             )
             for spec in io.outputs
         }
-    return measured
+        if blocks:
+            with rounded_activations(model, blocks):
+                rounded = expected(eager_outputs(model, tokens, io.inputs))
+            moved[row, beyond, length] = {spec.name: float(np.abs(rounded[spec.name] - outputs[spec.name]).max()) for spec in io.outputs}
+    return measured, moved
 
 
 def _table(array: NDArray[np.float32], spec: TensorSpec, path: Path, tokens: int) -> Table:
@@ -190,21 +201,31 @@ def _leaders(logits: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np
     return np.concatenate(tops), np.concatenate(margins)
 
 
-def _gather(scenario: Scenario, io: ModelIO, measured: Mapping[PoolKey, dict[str, Table]]) -> dict[str, Reference]:
-    return {spec.name: _gather_one(scenario, spec, io, measured) for spec in io.outputs}
+def _gather(
+    scenario: Scenario, io: ModelIO, measured: Mapping[PoolKey, dict[str, Table]], moved: Mapping[PoolKey, dict[str, float]]
+) -> dict[str, Reference]:
+    return {spec.name: _gather_one(scenario, spec, io, measured, moved) for spec in io.outputs}
 
 
-def _gather_one(scenario: Scenario, spec: TensorSpec, io: ModelIO, measured: Mapping[PoolKey, dict[str, Table]]) -> Reference:
+def _gather_one(
+    scenario: Scenario,
+    spec: TensorSpec,
+    io: ModelIO,
+    measured: Mapping[PoolKey, dict[str, Table]],
+    moved: Mapping[PoolKey, dict[str, float]],
+) -> Reference:
     found = needed(scenario)
     lengths = {key: 0 if io.states else int(positions[-1]) + 1 for key, positions in found.items()}
     tables = {key: measured[*key, lengths[key]][spec.name] for key in found}
     if not io.states:
         # A text may have as little as one value: what is spread is measured over all texts.
         spread = _sigma([outputs[spec.name] for outputs in measured.values()])
-        return Reference(None, (spread,) * len(scenario.prompts), tables)
+        far = max((outputs[spec.name] for outputs in moved.values()), default=0.0)
+        return Reference(None, (spread,) * len(scenario.prompts), tables, far / spread)
     rows = range(len(scenario.prompts))
     sigmas = tuple(_sigma([tables[key].at(positions) for key, positions in found.items() if key[0] == row]) for row in rows)
-    return Reference(None, sigmas, tables)
+    farthest = max((moved[*key, lengths[key]][spec.name] / sigmas[key[0]] for key in found if moved), default=0.0)
+    return Reference(None, sigmas, tables, farthest)
 
 
 def _sigma(tables: Sequence[Table]) -> float:
@@ -263,6 +284,7 @@ def _arrays(scenario: Scenario, reference: Reference, columns: NDArray[np.int64]
     chosen = slice(None) if columns is None else columns
     return {
         "sigmas": np.array(reference.sigmas, dtype=np.float64),
+        "rounding": np.array(reference.rounding, dtype=np.float64),
         "columns": np.array([] if columns is None else columns, dtype=np.int32),
         "row": np.concatenate([np.full(len(t.positions), key[0], np.int16) for key, t in parts] or [np.zeros(0, np.int16)]),
         "beyond": np.concatenate([np.full(len(t.positions), key[1], np.bool_) for key, t in parts] or [np.zeros(0, np.bool_)]),
@@ -317,4 +339,4 @@ def _reference(data: Mapping[str, NDArray[Any]]) -> Reference:
             data["position"][part].astype(np.int64), data["values"][part], data["top"][part].astype(np.int64), data["margin"][part]
         )
     columns = data["columns"].astype(np.int64) if len(data["columns"]) else None
-    return Reference(columns, tuple(data["sigmas"].tolist()), tables)
+    return Reference(columns, tuple(data["sigmas"].tolist()), tables, float(data.get("rounding", 0.0)))

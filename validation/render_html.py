@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calque.console import size
+from calque.console import quality_tables, quality_title, size
 from calque.validation.cells import Cell, ordered
 from calque.validation.plots import LogScale, layer_plot, scientific, share
 
@@ -43,6 +43,8 @@ def _page(number: int, cell: Cell) -> dict[str, Any]:
         "scenarios": _scenarios(cell),
         "layers": layer_plot(report.layers) if report.layers else None,
         "near_ties": [{**tie, "scenario": row["name"]} for row in report.scenarios for tie in row.get("near_ties") or ()],
+        "quality": quality_tables(report.quality) if report.quality else [],
+        "quality_title": quality_title(report.quality) if report.quality else "",
         "weights": _bars(report.weights, "bytes"),
         "weight_total": sum(group["bytes"] for group in report.weights),
         "files": [(name, count, manifest["files"].get(name)) for name, count in sorted(report.sizes.items())],

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree as ET
 
+from calque.console import quality_text
 from calque.validation.cells import Cell
 
 # What XML 1.0 has no way to write, not even escaped. Source: W3C, Extensible Markup Language 1.0, production Char.
@@ -33,12 +34,14 @@ def _add_suite(root: ET.Element, cell: Cell) -> None:
             ET.SubElement(properties, "property", name=key, value=_text(value))
     for row in cell.report.scenarios:
         _add_case(suite, cell, row)
+    if cell.report.quality:
+        _add_quality(suite, cell)
     for check in ("build", "execution") if cell.report.scenarios else ():
         found = (cell.manifest or {}).get("proof", {}).get(check, {})
         if found.get("status") == "not_run":
             case = ET.SubElement(suite, "testcase", name=check, classname=_text(cell.name), time=_seconds(0))
             ET.SubElement(case, "skipped", message=_text(found.get("reason") or "not run"))
-    explained = any(row["status"] == "failed" for row in cell.report.scenarios)
+    explained = any(row["status"] == "failed" for row in cell.report.scenarios) or bool(_quality_failures(cell))
     if cell.status == "skipped" and not cell.report.scenarios:
         case = ET.SubElement(suite, "testcase", name="convert", classname=_text(cell.name), time=_seconds(cell.seconds))
         ET.SubElement(case, "skipped", message=_text(cell.error["what"] if cell.error else "not run"))
@@ -59,6 +62,18 @@ def _add_case(suite: ET.Element, cell: Cell, row: Mapping[str, Any]) -> None:
         ET.SubElement(case, "failure", type="ParityFailed", message=_text(reason)).text = _text("\n".join(lines or [reason]))
     elif row["status"] == "not_run":
         ET.SubElement(case, "skipped", message=_text(reason))
+
+
+def _add_quality(suite: ET.Element, cell: Cell) -> None:
+    """Add the case that fails where the model is not as good, or as small, as its recipe asks; it is said what was measured."""
+    case = ET.SubElement(suite, "testcase", name="quality", classname=_text(cell.name), time=_seconds(0))
+    if lines := _quality_failures(cell):
+        ET.SubElement(case, "failure", type="ParityFailed", message=_text(lines[0])).text = _text("\n".join(lines))
+    ET.SubElement(case, "system-out").text = _text(quality_text(cell.report.quality))
+
+
+def _quality_failures(cell: Cell) -> list[str]:
+    return [line for line in cell.report.failures if line.startswith("quality:")] if cell.report.quality else []
 
 
 def _why(cell: Cell) -> tuple[str, str, str]:

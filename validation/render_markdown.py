@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from calque.console import quality_tables, quality_title
 from calque.validation.cells import Cell, ordered
 
 # GitHub refuses summaries of more than 1 MiB; a reason may hold a runtime's whole log.
@@ -48,6 +49,9 @@ def _artifact(cell: Cell, folded: bool) -> str:
         parts.append("\n".join(_items(cell.findings)))
     if cell.report.notes:
         parts.append("\n".join(_items(cell.report.notes)))
+    if quality := cell.report.quality:
+        parts.append(escape(quality_title(quality)))
+        parts += [_cells(header, rows) for header, rows in quality_tables(quality)]
     if cell.report.scenarios:
         parts.append(_scenarios(cell, folded and cell.status != "failed"))
     return "\n\n".join(parts)
@@ -57,6 +61,10 @@ def _scenarios(cell: Cell, folded: bool) -> str:
     rows = [(escape(row["name"]), _sigma(row.get("worst_sigma")), _sigma(row["limit"]), _outcome(row)) for row in cell.scenarios]
     table = _table(("scenario", "worst σ", "limit σ", "status"), "lrrl", rows)
     return f"<details><summary>{len(rows)} scenarios</summary>\n\n{table}\n\n</details>" if folded else table
+
+
+def _cells(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return _table(header, "l" + "r" * (len(header) - 1), [[escape(cell) for cell in row] for row in rows])
 
 
 def _outcome(row: Mapping[str, Any]) -> str:

@@ -24,7 +24,8 @@ class Report:
     ``scenarios``: rows of the parity gate. ``sizes``: bytes by file. ``source``: id, revision, sha256, model_type, task,
     parameters, dtype. ``passes``: ``{name, count, skipped: [[place, reason]]}``. ``weights``: ``{name, layer, bytes,
     parameters}`` by layer. ``layers``: ``{layer, kind, worst_sigma, limit, scenario}``. ``failures``: what the proof found,
-    first stage and layer first. ``notes``: sentences that the user should know.
+    first stage and layer first. ``quality``: text, limits, a row for the weights alone and one for the artifact, each layer's
+    sensitivity, and what was promoted. ``notes``: sentences that the user should know.
     """
 
     scenarios: tuple[Mapping[str, Any], ...] = ()
@@ -38,6 +39,7 @@ class Report:
     weights: tuple[Mapping[str, Any], ...] = ()
     layers: tuple[Mapping[str, Any], ...] = ()
     failures: tuple[str, ...] = ()
+    quality: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def measured(self, folder: Path, stages: Sequence[Stage]) -> Report:

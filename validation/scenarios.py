@@ -170,7 +170,7 @@ def build(
         shapes = [replace(shape, decode=0) for shape in shapes if not shape.chunks]
     shapes = [shape for shape in shapes if shape.longest <= ceiling or not shape.lawful]
     run = [shape for shape in shapes if shape.longest <= longest]
-    pool = _pool(max((shape.longest for shape in run), default=0), vocab_size, excluded, seed)
+    pool = pool_rows(max((shape.longest for shape in run), default=0), vocab_size, excluded, seed)
     return [_fill(shape, limits, pool, longest, vocab_size, cached, in_slots) for shape in shapes]
 
 
@@ -180,7 +180,12 @@ def unknown(names: Iterable[str]) -> dict[str, str]:
     return {name: nearest(name, fixed) for name in names if not NAMES.fullmatch(name)}
 
 
-def _pool(length: int, vocab_size: int, excluded: Iterable[int], seed: int) -> list[tuple[int, ...]]:
+def pool_rows(length: int, vocab_size: int, excluded: Iterable[int], seed: int = 0) -> list[tuple[int, ...]]:
+    """Return as many rows as the largest batch has, of seeded tokens that are not ``excluded``.
+
+    Raises:
+        ValueError: all of them are.
+    """
     allowed = np.setdiff1d(np.arange(vocab_size), np.fromiter(excluded, dtype=np.int64))
     if not len(allowed):
         raise ValueError("every token id is excluded: no scenario can be built")

@@ -52,12 +52,6 @@ TOLERANCES = {
             factor=2.0,
             reason="eager bfloat16 against eager float32 in the same way: at most 2.5e-1 on 2–3 layers, 7.0e-1 on 8, 2.1 on 24, 3.1 on 48",
         ),
-        Tolerance(
-            "int8",
-            noise_per_layer=2.4e-1,
-            factor=2.0,
-            reason="float32 with what linear layers read rounded to 8 bits in groups of 32",
-        ),
     )
 }
 

@@ -33,7 +33,7 @@ WARM_UP = "XS"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write the results; 1 where a tool failed."""
     args = parse(arguments)
-    if not (shapes := remaining(args)):
+    if not (shapes := [shape for shape in args.shapes if not is_there(args, shape)]):
         return 0
     # absolute(), not resolve(): an environment's interpreter is a link, and what it links to is outside the environment.
     work, python = args.work.absolute(), args.calque_python.absolute()
@@ -84,9 +84,9 @@ def add_results(parser: argparse.ArgumentParser, folder: Path) -> None:
     parser.add_argument("--resume", action="store_true", help="leave out shapes whose results are there already")
 
 
-def remaining(args: argparse.Namespace) -> list[str]:
-    """Return the shapes that are to be measured; of each, results-SHAPE.md is written last."""
-    return [shape for shape in args.shapes if not (args.resume and (args.results / f"results-{shape}.md").is_file())]
+def is_there(args: argparse.Namespace, name: str) -> bool:
+    """Return whether the results of that name are left as they are; results-NAME.md is written last."""
+    return bool(args.resume and (args.results / f"results-{name}.md").is_file())
 
 
 def prepare(name: str, work: Path, python: Path) -> None:

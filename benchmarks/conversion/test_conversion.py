@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.conversion.measure import Measured, Sample, measure
 from benchmarks.conversion.records import Cost, Record, divide, record
-from benchmarks.conversion.run import parse, remaining, shown_command
+from benchmarks.conversion.run import is_there, parse, shown_command
 from benchmarks.conversion.shapes import SHAPES
 from benchmarks.conversion.tables import ALONE, PROOF, WHOLE, failures, figures, ratios, rows
 from benchmarks.conversion.tools import Tool
@@ -126,8 +126,9 @@ def test_what_is_measured_is_left_out_when_resuming(tmp_path: Path) -> None:
     """Only then, and by shape."""
     (tmp_path / "results-S.md").touch()
     shapes = ["--shapes", "S", "M", "--results", str(tmp_path)]
-    assert remaining(parse([*shapes, "--resume"])) == ["M"]
-    assert remaining(parse(shapes)) == ["S", "M"]
+    resumed, anew = parse([*shapes, "--resume"]), parse(shapes)
+    assert [is_there(resumed, name) for name in ("S", "M", "S-int4")] == [True, False, False]
+    assert not is_there(anew, "S")
 
 
 def test_the_command_names_no_folder() -> None:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from benchmarks.decoding.worker import Failed
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("padding=any", "padding=right", "operators=standard")
+# What genai's builder does best with, of its own options.
+BEST = ("prune_lm_head=true", "shared_embeddings=true", "fuse_mlp_gate_up=true", "accuracy_level=4", "is_symmetric=true")
 ONNX_RUNTIME, OPENVINO, LLAMA_CPP = "onnx_runtime", "openvino", "llama_cpp"
 
 
@@ -52,13 +54,46 @@ class Entry:
         return Path(sys.executable) if self.runs_graph else self.tool.python
 
 
-def entries(work: Path) -> list[Entry]:
-    """Return what is compared, in the order of the tables; the peers' environments are made.
+def entries(work: Path, precision: str = "fp32") -> list[Entry]:
+    """Return what is compared in a precision, in the order of the tables; the peers' environments are made."""
+    return {"fp32": wide_entries, "int8": int8_entries, "int4": int4_entries}[precision](work)
+
+
+def int4_entries(work: Path) -> list[Entry]:
+    """Return what has weights of 4 bits: each tool with its best options, table and head of 4 bits too but for Calque's default."""
+    all_of_it = ("--set", "quantize_weights.head=int4", "--set", "quantize_weights.embedding=int4")
+    ways = {"": (), "all": all_of_it, "all g128": (*all_of_it, "--set", "quantize_weights.group=128")}
+    return [
+        *(Entry(_calque("int4", way, *options)) for way, options in ways.items()),
+        *(Entry(genai(work, *BEST, f"block_size={size}", precision="int4", name=f"genai builder b{size}")) for size in (32, 128)),
+        Entry(openvino(work, "--sym", "--group-size", "64", "--ratio", "1.0", "--all-layers", weights="int4"), OPENVINO),
+        Entry(llamacpp(work, "Q4_0", name="llama.cpp Q4_0"), LLAMA_CPP),
+    ]
+
+
+def int8_entries(work: Path) -> list[Entry]:
+    """Return what has weights of 8 bits: each tool with its best options."""
+    return [
+        Entry(_calque("int8", "")),
+        Entry(_calque("int8", "g128", "--set", "quantize_weights.group=128")),
+        Entry(genai(work, *BEST, "block_size=128", precision="int8", name="genai builder b128")),
+        Entry(openvino(work, weights="int8"), OPENVINO),
+        Entry(llamacpp(work, "q8_0", name="llama.cpp Q8_0"), LLAMA_CPP),
+    ]
+
+
+def _calque(precision: str, way: str, *options: str) -> Tool:
+    """Return Calque in a precision, as genai's builder does it: padding on the right, logits of the last position alone."""
+    made = calque(Path(sys.executable), "--precision", precision, "--set", "padding=right", "--logits", "last", *options)
+    return replace(made, name=" ".join(filter(None, (CALQUE, precision, way))))
+
+
+def wide_entries(work: Path) -> list[Entry]:
+    """Return what is fp32.
 
     All is fp32, cache and arithmetic included: a runtime that would take less by itself is told so. llama.cpp's flash
     attention is faster on prompts and 7e-3 σ away from the others on S, as half precision is, whatever the type of the
-    cache; without it, it is 1e-4 σ. So it has a row without, and one as it comes. A row of another
-    precision is one more line, such as ``Entry(llamacpp(work, "Q4_0", name="llama.cpp Q4_0"), LLAMA_CPP)``.
+    cache; without it, it is 1e-4 σ. So it has a row without, and one as it comes.
     """
     python = Path(sys.executable)
     # The builder's default may give the logits of the last position alone, which is less work than the others do.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.conversion.environments import versions
-from benchmarks.conversion.run import add_results, add_shapes, machine, prepare, publish, remaining
+from benchmarks.conversion.run import add_results, add_shapes, is_there, machine, prepare, publish
 from benchmarks.conversion.shapes import SHAPES
 from benchmarks.conversion.tables import markdown
 from benchmarks.conversion.tools import PEERS
@@ -29,11 +29,11 @@ ROOT = Path(__file__).parents[2]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write the results."""
     args = parse(arguments)
-    if not (shapes := remaining(args)):
+    if not (shapes := [shape for shape in args.shapes if not is_there(args, called(args, shape))]):
         return 0
     work = args.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    chosen = entries(work)
+    chosen = entries(work, args.precision)
     for shape in shapes:
         made, failed = make(chosen, shape, work)  # all of it before anything is measured
         measured = measure(made, shape, args.rounds, args.threads)
@@ -48,6 +48,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding.run", description=(__doc__ or "").splitlines()[0])
     add_shapes(parser, "S", "M")
+    parser.add_argument("--precision", choices=NOTES, default="fp32", help="of the weights")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds, in each of which every artifact runs once")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of the runtime, for every artifact")
     parser.add_argument(
@@ -94,7 +95,8 @@ def report(args: argparse.Namespace, chosen: Sequence[Entry], name: str, measure
         "shapes": {name: {"shape": asdict(shape), **measured.as_json()}},
     }
     table = f"## {name}: {shape.description}, {args.rounds} × interleaved\n\n{figures(measured)}\n\n{ratios(measured, PEERS)}\n"
-    publish(results, markdown(results, [table], TITLE, NOTES.format(threads=args.threads, steps=STEPS)), args.results, name)
+    notes = NOTES[args.precision].format(threads=args.threads, steps=STEPS)
+    publish(results, markdown(results, [table], TITLE, notes), args.results, called(args, name))
     print(table)
 
 
@@ -106,7 +108,13 @@ def described(entry: Entry) -> dict[str, Any]:
 
 def shown_command(args: argparse.Namespace, shape: str) -> str:
     """Return the command that measures the shape again; folders do not change what is measured and are left out."""
-    return f"python -m benchmarks.decoding.run --shapes {shape} --rounds {args.rounds} --threads {args.threads}"
+    precision = "" if args.precision == "fp32" else f" --precision {args.precision}"
+    return f"python -m benchmarks.decoding.run --shapes {shape}{precision} --rounds {args.rounds} --threads {args.threads}"
+
+
+def called(args: argparse.Namespace, shape: str) -> str:
+    """Return what the results of a shape are called: by its name, and the precision where that is not fp32."""
+    return shape if args.precision == "fp32" else f"{shape}-{args.precision}"
 
 
 if __name__ == "__main__":

@@ -8,21 +8,44 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 TITLE = "Decoding side by side"
-NOTES = """\
+_LOOP = """\
 Every artifact is in a process of its own with {threads} threads. Those of Calque, genai's builder and optimum-onnx run in one loop on the
 ONNX Runtime named first under versions; OpenVINO's runs in its own infer request, llama.cpp's through its own C interface, both in the
 same loop around them. A round is one run of every artifact on every prompt, one artifact after another, beginning with a different one
-each time; a run is a prompt of seeded tokens without padding and {steps} greedy steps of one token. Weights, cache and arithmetic are
-fp32: OpenVINO is told so, as it would take bf16 where the processor has it and an 8-bit cache, and so is llama.cpp, whose cache would be
-fp16 and whose flash attention works in half precision as well. *As it comes*, it has both: that row is not fp32. The cache goes from the
-outputs to the inputs without copies; OpenVINO and llama.cpp keep it themselves. Every ONNX graph and OpenVINO's model give the logits of
-all positions, llama.cpp of the last one alone, which is less work for a prompt. TTFT is the time to the first token; decode is the tokens
-per second of the steps after it. Figures are the median of the rounds, with the range in brackets. Peak RSS is that of the artifact's
-process from its start, pages of mapped files included. Nodes are those that one step executes in ONNX Runtime. Disk is the whole folder;
-Calque's holds the reference of its proof as well. *Same tokens* compares with the first artifact: from which token on they differ, if they
-do; with random weights two tokens can be nearly as probable as each other, so that rounding alone decides. Ratios are the median of the
-ratios within each round, turned so that above 1 the artifact of the row is faster, or takes less. The rate at which the machine reads
-memory bounds decoding; it is measured before every run, and where its range is wide, something else ran meanwhile."""
+each time; a run is a prompt of seeded tokens without padding and {steps} greedy steps of one token."""
+_FP32 = """\
+Weights, cache and arithmetic are fp32: OpenVINO is told so, as it would take bf16 where the processor has it and an 8-bit cache, and so is
+llama.cpp, whose cache would be fp16 and whose flash attention works in half precision as well. *As it comes*, it has both: that row is not
+fp32."""
+_INTEGERS = """\
+Weights are of {bits} bits, what products read is rounded to 8 wherever a runtime's best kernel wants it, and caches are what each tool
+makes by default: float32 in the ONNX graphs, 8 bits in OpenVINO, fp16 in llama.cpp. Each tool has its best options, shown under the
+commands. Calque *all* has table and head of 4 bits as the peers have; without, they have 8, which is its default."""
+_CACHE = """\
+The cache goes from the outputs to the inputs without copies; OpenVINO and llama.cpp keep it themselves."""
+_ALL_LOGITS = """\
+Every ONNX graph and OpenVINO's model give the logits of all positions, llama.cpp of the last one alone, which is less work for a prompt."""
+_LAST_LOGITS = """\
+Calque's graphs, genai's and llama.cpp give the logits of the last position alone, OpenVINO's model those of all."""
+_FIGURES = """\
+TTFT is the time to the first token; decode is the tokens per second of the steps after it. Figures are the median of the rounds, with the
+range in brackets. Peak RSS is that of the artifact's process from its start, pages of mapped files included. Nodes are those that one step
+executes in ONNX Runtime. Disk is the whole folder; Calque's holds the reference of its proof as well. *Same tokens* compares with the
+first artifact: from which token on they differ, if they do; with random weights two tokens can be nearly as probable as each other, so
+that rounding alone decides. Ratios are the median of the ratios within each round, turned so that above 1 the artifact of the row is
+faster, or takes less. The rate at which the machine reads memory bounds decoding; it is measured before every run, and where its range is
+wide, something else ran meanwhile."""
+
+
+def _notes(precision: str, logits: str) -> str:
+    return "\n".join((_LOOP, precision, _CACHE, logits, _FIGURES))
+
+
+NOTES = {
+    "fp32": _notes(_FP32, _ALL_LOGITS),
+    "int8": _notes(_INTEGERS.format(bits=8), _LAST_LOGITS),
+    "int4": _notes(_INTEGERS.format(bits=4), _LAST_LOGITS),
+}
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,13 @@ def test_every_flag_reaches_the_recipe(converted: Converted, tmp_path: Path) -> 
         "operators=standard",
         "--scenarios",
         "batch-2,length-1",
+        "--text",
+        "heldout.txt",
+        "--max-kl",
+        "1e-2",
+        "--max-size",
+        "5MB",
+        "--sensitivity",
         "--require",
         "build",
         "--max-memory",
@@ -86,10 +93,28 @@ def test_every_flag_reaches_the_recipe(converted: Converted, tmp_path: Path) -> 
         {
             "model": "builtin:quill", "target": "onnxruntime", "task": "text-generation-with-past", "precision": "int4", "logits": "last",
             "calibration": {"text": "c.txt"}, "options": {"operators": "standard"},
-            "parity": {"scenarios": ["batch-2", "length-1"]}, "require": "build",
+            "parity": {
+                "scenarios": ["batch-2", "length-1"], "text": "heldout.txt", "max_kl": 0.01, "max_size": 5 * 10**6, "sensitivity": True,
+            },
+            "require": "build",
             "max_memory": 2 * 10**9, "threads": 3, "random_weights": True, "trust_remote_code": True,
         }
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("nats", ["-1", "nan", "inf", "few"])
+def test_a_divergence_that_none_can_have_is_bad_usage(converted: Converted, nats: str, capsys: Output) -> None:
+    assert cli.main([*CONVERT, "--max-kl", nats]) == 2
+    assert "is not a number of nats" in capsys.readouterr().err
+    assert converted.recipe is None
+
+
+def test_limits_of_quality_join_those_of_the_recipe(converted: Converted, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: builtin:quill\ntarget: onnxruntime\nparity: {text: a.txt, max_kl: 0.5, max_size: 1GB}\n")
+    assert cli.main(["convert", "--recipe", str(tmp_path / "r.yaml"), "--max-kl", "0"]) == 0
+    assert converted.recipe is not None
+    parity = converted.recipe.parity
+    assert (parity.text, parity.max_kl, parity.max_size, parity.sensitivity) == ("a.txt", 0.0, 10**9, False)
 
 
 @pytest.mark.parametrize("how", ["-m", "--model"])

@@ -99,6 +99,35 @@ def test_a_report_without_rows_is_no_text(report: dict[str, Any]) -> None:
     assert report_text(report) == ""
 
 
+def quality() -> dict[str, Any]:
+    measured = {"positions": 9, "kl_mean": 0.0111, "kl_worst": 0.5, "top1_agree": 0.94, "near_ties": 1, "perplexity": 12.88,
+                "original_perplexity": 12.76, "perplexity_ratio": 1.0094, "greedy_matched": 44, "greedy_tokens": 128}  # fmt: skip
+    row = {"layer": "model.layers.3", "from": "int4", "to": "int8", "sensitivity": 3.7e-3}
+    return {
+        "text": "heldout.txt", "random": False, "rows": 29, "tokens": 29442, "size_bytes": 3_461_583, "max_kl": 0.012, "max_size": None,
+        "measured": [{"name": "weights alone", **measured}, {"name": "artifact", **measured, "perplexity": None}],
+        "sensitivity": [{"layer": "model.layers.3", "stored": "int4", "loss": 3.7e-3}],
+        "promoted": [row], "steps": [{"to": "int8", "layers": 1, "kl_mean": 0.0111}],
+    }  # fmt: skip
+
+
+def test_quality_is_shown_with_its_text_its_size_and_its_limit() -> None:
+    text = report_text({"quality": quality()})
+    assert text.startswith("quality on heldout.txt: 29,442 tokens in 29 rows; graph and weights 3.5 MB; max_kl 0.012\n")
+    assert re.search(r"weights alone +1\.11e-02 +5\.00e-01 +0\.9400 +1 +12\.880 +12\.760 +1\.0094 +44 of 128\n", text)
+    assert re.search(r"artifact +1\.11e-02 +5\.00e-01 +0\.9400 +1 +– +12\.760", text)
+    assert "cosine" not in text  # nothing was measured of it
+    assert re.search(r"model\.layers\.3 +int4 +3\.70e-03", text)
+    assert re.search(r"model\.layers\.3 +int4 +int8 +3\.70e-03", text)
+
+
+def test_quality_of_an_encoder_has_its_own_columns() -> None:
+    row = {"name": "weights alone", "kl_mean": None, "near_ties": 0, "cosine_mean": 0.998, "cosine_worst": 0.99}
+    text = report_text({"quality": {"text": "random tokens", "rows": 5, "tokens": 320, "size_bytes": 10, "measured": [row]}})
+    assert re.search(r"model +cosine, mean +cosine, worst\n", text)
+    assert "0.998000" in text
+
+
 def test_a_plan_is_shown_whatever_it_holds() -> None:
     text = plan_text(
         {"passes": ["a", "b"], "peak_memory_bytes": {"convert": 10**9, "prove": 2 * 10**9}, "exact": True, "limits": {"max": None}}

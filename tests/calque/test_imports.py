@@ -37,7 +37,7 @@ EXCEPTIONS = {("calque.validation.validate", "calque.runtime")}
 # Modules that join the folders; the public names of calque/__init__.py live in several of them.
 JOINING = {"calque", "calque.pipeline", "calque.conversion", "calque.cli", "calque.commands", "calque.conformance"}
 # They call the pipeline, or look up what passes, targets and scenarios there are.
-JOINING |= {"calque.convert_command", "calque.recipe_names", "calque.resume"}
+JOINING |= {"calque.quality_gate", "calque.promotion", "calque.convert_command", "calque.recipe_names", "calque.resume"}
 # It holds an artifact open by the runtime.
 JOINING |= {"calque.bench_worker"}
 # Read where nothing is installed, before anything else of Calque.

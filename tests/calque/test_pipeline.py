@@ -140,7 +140,7 @@ def test_ledger_that_does_not_balance_leaves_nothing(tmp_path: Path, monkeypatch
         ({"options": {"operator": "standard"}}, RecipeError, "target onnxruntime has no option operator"),
         ({"passes": ["fuse_all"]}, RecipeError, "there is no pass 'fuse_all'"),
         ({"passes": [{"cache_dynamic": {"x": 1}}]}, RecipeError, "pass cache_dynamic has no option x"),
-        ({"precision": "int4"}, Unsupported, "precision: int4"),
+        ({"precision": "fp8"}, Unsupported, "precision: fp8"),
         ({"task": "image-classification"}, Unsupported, "no converter for the task 'image-classification'"),
         ({"parity": {"scenarios": ["single-promt"]}}, UsageError, "no model has these scenarios"),
     ],

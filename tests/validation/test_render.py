@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
 
 from calque.artifact import NUM_LOGITS_TO_KEEP
+from calque.errors import ArtifactUnreadable
+from calque.validation.cells import read_cells
 from calque.validation.plots import LogScale, layer_plot, scientific
 from calque.validation.render import RENDERERS, report
 from calque.validation.render_markdown import LONGEST, escape
-from tests.report_folder import HOSTILE, REPORT, UNSUPPORTED, layer, write_failed, write_hostile, write_matrix, write_report
+from tests.report_folder import FAILED, HOSTILE, REPORT, UNSUPPORTED, layer, write_failed, write_hostile, write_matrix, write_report
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -130,6 +134,43 @@ def test_markdown_table_of_a_hostile_model_keeps_its_columns(tmp_path: Path) -> 
     assert "<script" not in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows} == {5}
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> list[Path]:
+    """An artifact that is faithful and not good enough, and whose layer has a hostile name."""
+    row = {"layer": HOSTILE, "from": "int4", "to": "int8", "sensitivity": 3.7e-3}
+    quality = {
+        "text": "heldout.txt", "rows": 29, "tokens": 29442, "size_bytes": 3_461_583, "max_kl": 0.01, "max_size": None,
+        "measured": [{"name": "weights alone", "kl_mean": 0.0111, "perplexity": 12.88, "original_perplexity": 12.76}],
+        "sensitivity": [], "promoted": [row], "steps": [],
+    }  # fmt: skip
+    failures = ("quality: weights alone: mean KL 0.0111 nats, max_kl is 0.01",)
+    return [write_report(tmp_path / "bad", replace(REPORT, quality=quality, failures=failures), FAILED)]
+
+
+def test_every_format_shows_the_quality(measured: list[Path]) -> None:
+    for name in ("markdown", "html", "junit"):
+        text = RENDERERS[name](read_cells(measured))
+        assert "29,442 tokens in 29 rows" in text, name
+        assert "1.11e-02" in text, name
+        assert "12.880" in text, name
+        assert "3.70e-03" in text, name
+        assert "mean KL 0.0111 nats" in text.replace("&#46;", "."), name
+        assert "<script>alert" not in text, name
+
+
+def test_junit_has_a_failed_case_where_the_model_is_not_good_enough(measured: list[Path]) -> None:
+    suite = ET.fromstring(RENDERERS["junit"](read_cells(measured)))[0]
+    failed = [case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None]
+    assert failed == ["quality"]
+
+
+@pytest.mark.parametrize("broken", [{"measured": [1]}, {"promoted": [{}]}, {"measured": [{"kl_mean": "x"}]}, [], {"max_kl": "y"}])
+def test_a_quality_that_is_none_is_refused(tmp_path: Path, broken: Any) -> None:
+    folder = write_report(tmp_path / "odd", replace(REPORT, quality=broken))
+    with pytest.raises(ArtifactUnreadable, match="quality in the report"):
+        read_cells([folder])
 
 
 def test_html_needs_neither_network_nor_script(many: list[Path]) -> None:

@@ -1,0 +1,232 @@
+"""Is the model still good? The second question of the proof: asked where weights are rounded, with the limits a recipe sets.
+
+Asked twice of the same rows: of the eager model with the weights that the artifact holds, which is a property of the model, and of
+the artifact where it runs here, whose runtime may round activations as well. More bits for some layers are decided in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calque import passes, texts
+from calque.artifact import Artifact, Check, Proof
+from calque.choices import QUANTIZED
+from calque.console import size
+from calque.errors import ParityFailed, TargetUnavailable, Unsupported
+from calque.promotion import PLANNED, Found, Layers, as_planned, overrides, promote
+from calque.validation import scenarios
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch.nn import Module
+
+    from calque.conversion import Conversion
+    from calque.stages import Stages
+    from calque.traced import TracedModel
+    from calque.validation.quality import Baseline, Quality, Row
+
+# The original's logits lie on disk, each float32, until the artifact is judged too.
+KEPT_BYTES = 1 << 30
+# What the logits of one row may take in memory, a few times over.
+ROW_BYTES = 256 << 20
+# Tokens of a row: of a generator, and of an encoder, whose texts are short; and of a random one, which says less.
+LONGEST, LONGEST_ENCODED, LONGEST_RANDOM = 1024, 128, 64
+# Tokens that encoders are judged on: what they keep of one is small.
+MOST_ENCODED = 8192
+RANDOM = "random tokens"
+WEIGHTS, ARTIFACT = "weights alone", "artifact"
+
+
+@dataclass
+class QualityGate:
+    """What is asked, and what was found so far; nothing at all unless ``asked``. ``text``: what rows are made of, None: random ones."""
+
+    conversion: Conversion
+    scratch: Path
+    asked: bool
+    text: str | None
+    found: Found | None = None
+    baseline: Baseline | None = None
+    artifact_quality: Quality | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, conversion: Conversion, scratch: Path) -> QualityGate:
+        """Return the gate that the recipe asks for: of integers always, of other precisions where it names a text or a limit.
+
+        Raises:
+            UsageError: the text cannot be read.
+        """
+        parity = conversion.recipe.parity
+        limits = parity.text or parity.sensitivity or parity.max_kl is not None or parity.max_size
+        asked = bool(limits) or conversion.quantizes or conversion.recipe.precision in QUANTIZED
+        return cls(conversion, scratch, asked, texts.read_text(Path(parity.text)) if parity.text else None)
+
+    def judge_weights(self, model: TracedModel, stages: Stages) -> None:
+        """How good the eager model is with the artifact's weights is known, and the conversion promotes what has to be.
+
+        Raises:
+            UsageError: the text is none for the model's tokenizer.
+            Unsupported: a limit on the divergence of a model without logits.
+        """
+        if not self.asked:
+            return
+        from calque.validation.eager import in_precision
+
+        parity, conversion = self.conversion.recipe.parity, self.conversion
+        with stages("quality"):
+            rows = self._rows(model)
+            eager = conversion.source.load_eager()
+            self.baseline = self._keep(model, eager, rows)
+            in_precision(eager, conversion.recipe.precision)
+            layers = Layers(conversion, model, eager, self._answer(model, eager), self.baseline)
+            self.found = as_planned(layers, parity.sensitivity)
+            if parity.max_kl is not None and self.found.quality.kl_mean is None:
+                fix = "leave max_kl out; the report has the cosine of its outputs"
+                raise Unsupported("max_kl bounds the divergence of logits, and the model gives none", fix=fix)
+            if good := parity.max_kl is None or self.found.quality.loss <= parity.max_kl:
+                self.found = layers.continued(self.found)
+        if not good:
+            with stages("promote"):
+                self.found = layers.continued(promote(layers, self.found, parity.max_kl or 0.0))
+                conversion.promoted = overrides(layers, self.found.levels)
+
+    def _rows(self, model: TracedModel) -> list[Row]:
+        """Return the rows of tokens that everything is judged on, and remember what they are."""
+        source, config = self.conversion.source, self.conversion.source.config.get_text_config()
+        lengths = (model.limits.max_length, getattr(config, "max_position_embeddings", None))
+        known = [length for length in lengths if isinstance(length, int) and length > 0]
+        self.about["longest"] = min(known, default=0)
+        each = 4 * config.vocab_size
+        longest = max(2, min([LONGEST if model.states else LONGEST_ENCODED, ROW_BYTES // each, *known]))
+        if self.text is None:
+            tokens = min(longest, LONGEST_RANDOM)
+            rows = scenarios.pool_rows(tokens, config.vocab_size, self.conversion.special_tokens)
+        else:
+            most = KEPT_BYTES // each if model.states else MOST_ENCODED
+            rows = texts.token_rows(source.folder, self.scratch, self.text, longest, most, source.trust_remote_code)
+        return rows
+
+    def _keep(self, model: TracedModel, eager: Module, rows: Sequence[Row]) -> Baseline:
+        from calque.validation.quality import Baseline
+
+        folder = self.scratch / "quality"
+        folder.mkdir()
+        return Baseline.keep(
+            self._answer(model, eager),
+            rows,
+            folder,
+            causal=bool(model.states),
+            text=self.text is not None,
+            layers=max(model.layers, 1),
+            longest=self.about["longest"],
+        )
+
+    def _answer(self, model: TracedModel, eager: Module) -> Any:
+        from calque.validation.eager import eager_outputs
+
+        def answer(row: Row) -> Mapping[str, NDArray[np.float32]]:
+            return passes.expected(self.conversion.plan, eager_outputs(eager, row, model.inputs))
+
+        return answer
+
+    def judge_artifact(self, artifact: Artifact, proof: Proof, stages: Stages) -> Proof:
+        """Return the proof, failed where a limit of the recipe is not met; how good the artifact is, is known where it runs."""
+        if not self.asked or self.baseline is None:
+            return proof
+        from calque.validation.drive import ModelIO
+        from calque.validation.quality import session_answer, session_continue
+
+        self.about["size_bytes"] = model_bytes(artifact)
+        if proof.numerics.status == "passed":
+            with stages("quality of the artifact"):
+                try:
+                    session = self.conversion.target.open(artifact, self.conversion.recipe.threads)
+                except TargetUnavailable:
+                    self.notes.append("How good the artifact itself is was not measured: it does not run here.")
+                else:
+                    io, again = ModelIO.of(artifact), artifact.limits.recompute_at
+                    quality = self.baseline.compare(session_answer(session, io, again))
+                    matched, of = self.baseline.greedy(session_continue(session, io, again))
+                    self.artifact_quality = replace(quality, greedy_matched=matched, greedy_tokens=of)
+        if not (lines := self.failures()):
+            return proof
+        numerics = (
+            proof.numerics if proof.numerics.status == "failed" else Check("failed", proof.numerics.by, lines[0], proof.numerics.worst)
+        )
+        return replace(proof, numerics=numerics, failures=(*proof.failures, *lines))
+
+    def failures(self) -> list[str]:
+        """Return a line for each limit of the recipe that is not met."""
+        parity, lines = self.conversion.recipe.parity, []
+        assert self.found is not None
+        weights, artifact = self.found.quality.kl_mean, self.artifact_quality.kl_mean if self.artifact_quality else None
+        if parity.max_kl is not None and weights is not None and weights > parity.max_kl:
+            lines.append(f"quality: {WEIGHTS}: mean KL {weights:.3g} nats, max_kl is {parity.max_kl:g}, and nothing is left to promote")
+        elif parity.max_kl is not None and artifact is not None and artifact > parity.max_kl:
+            why = f"its weights alone have {weights:.3g}, its runtime rounds activations as well"
+            lines.append(f"quality: {ARTIFACT}: mean KL {artifact:.3g} nats, max_kl is {parity.max_kl:g}; {why}")
+        if parity.max_size and (takes := self.about.get("size_bytes", 0)) > parity.max_size:
+            lines.append(f"quality: the model's files take {size(takes)}, max_size is {size(parity.max_size)}")
+            lines += [
+                f"quality: {row['layer']} was promoted from {row['from']} to {row['to']} (alone it costs {row['sensitivity']:.2g} nats)"
+                for row in self.found.promoted
+            ]
+        return lines
+
+    def raise_if_failed(self, proof: Proof) -> None:
+        """Leave quietly unless limits of the recipe are all that failed.
+
+        Raises:
+            ParityFailed: which limits, by how much, and the way out.
+        """
+        lines = self.failures() if self.found else []
+        if lines and list(proof.failures) == lines:
+            fix = "allow a larger --max-kl or --max-size, quantize better (another group, calibration), or keep activations as they are"
+            kept = "; the rejected folder holds the artifact and report.json"
+            raise ParityFailed("the artifact is faithful, and not as good or as small as the recipe asks", lines, fix + kept)
+
+    def data(self) -> dict[str, Any]:
+        """Return what report.json says of the quality; empty where nothing was asked."""
+        if self.found is None or self.baseline is None:
+            return {}
+        parity = self.conversion.recipe.parity
+        measured = {WEIGHTS: self.found.quality, ARTIFACT: self.artifact_quality}
+        promoted = {name: level for name, level in self.found.levels.items() if level != PLANNED}
+        return {
+            "text": Path(parity.text).name if parity.text else RANDOM,
+            "random": self.text is None,
+            "rows": len(self.baseline.rows),
+            "tokens": sum(map(len, self.baseline.rows)),
+            "size_bytes": self.about.get("size_bytes"),
+            "max_kl": parity.max_kl,
+            "max_size": parity.max_size,
+            "measured": [{"name": name, **quality.data()} for name, quality in measured.items() if quality],
+            "sensitivity": list(self.found.sensitivity),
+            "promoted": list(self.found.promoted) if promoted else [],
+            "steps": list(self.found.steps),
+        }
+
+    def said(self) -> list[str]:
+        """Return sentences that the user should know."""
+        if not self.asked:
+            return []
+        random = (
+            f"Quality was measured on {RANDOM}, which says little of real use: name a text with --text FILE." if self.text is None else ""
+        )
+        layers = ", ".join(f"{row['layer']} to {row['to']}" for row in self.found.promoted) if self.found else ""
+        return [random, f"Promoted, so that the mean KL divergence is within max_kl: {layers}." if layers else "", *self.notes]
+
+
+def model_bytes(artifact: Artifact) -> int:
+    """Return the bytes of the files that hold graphs and weights: companions and the proof's references apart."""
+    names = [path.relative_to(artifact.folder).as_posix() for path in artifact.folder.rglob("*") if path.is_file()]
+    graphs = {graph.file for graph in artifact.graphs.values()}
+    return sum((artifact.folder / name).stat().st_size for name in names if any(name.startswith(graph) for graph in graphs))

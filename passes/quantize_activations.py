@@ -1,0 +1,144 @@
+"""Rounds what products multiply to 8 bits, so that integers can be multiplied by integers.
+
+::
+
+    before   linear(%x, %w, %b)                                                        %x float32
+    dynamic  linear(calque.round_activations(%x), %w, %b)                              the range is that of each call's %x
+    static   linear(dequantize_linear(quantize_linear(%x, %s, %z), %s, %z), %w, %b)    %s, %z measured on text beforehand
+    left     products of what is computed (attention's own), those that ``keep`` names
+
+It goes before ``quantize_weights``: ranges are then those of the model as it was trained, found by the names of the checkpoint.
+``lay_out_integers`` makes one product of it where the weight is of int8 per channel, and takes it back where the weight is not.
+One range holds for a whole tensor. The dynamic one reaches over all rows and positions of a call, padding too, so that what a
+row gives depends on what else is in its batch; the static one does not.
+
+Source: DynamicQuantizeLinear and QuantizeLinear of the ONNX standard; ranges as in Nagel et al., arXiv 2106.08295, section 3.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch.fx import Node
+
+from calque.activation_ranges import ActivationRange, Method, steps
+from calque.calibration import observe
+from calque.errors import UsageError
+from calque.passes import Rewrites
+from calque.patterns import aten, calls
+from calque.products import PRODUCTS
+from calque.traced import call
+from calque.weights import Derived
+
+if TYPE_CHECKING:
+    from calque.traced import TracedModel
+
+calque = torch.ops.calque
+# Where a product has what it multiplies with its weight.
+VALUES: dict[Any, int] = {target: 1 if target is aten.addmm.default else 0 for target in PRODUCTS}
+
+
+@dataclass(frozen=True)
+class QuantizeActivations:
+    """``mode``: ranges of each call, or measured beforehand; ``calibration``: how they follow from what was measured.
+
+    ``percentile``: how much of it lies inside, in percent. ``symmetric``: integers from -128 to 127 around 0, which TensorRT wants;
+    else from 0 to 255. ``keep``: patterns of the names of weights whose products stay as they are.
+    """
+
+    mode: Literal["dynamic", "static"] = "dynamic"
+    calibration: Method = "minmax"
+    percentile: float = 99.99
+    symmetric: bool = False
+    keep: tuple[str, ...] = ()
+
+    after: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Refuse what is no percentile, and dynamic ranges that are symmetric."""
+        if not 50 < self.percentile <= 100:
+            raise ValueError(f"percentile: must be above 50 and at most 100; found {self.percentile}")
+        if self.mode == "dynamic" and self.symmetric:
+            raise ValueError("symmetric: dynamic ranges have a zero point of their own; it belongs to mode: static")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether ranges are measured on text."""
+        return self.mode == "static"
+
+    def apply(self, model: TracedModel) -> Rewrites:
+        """Return one rewrite per product.
+
+        Raises:
+            UsageError: ranges are to be measured, and there is no text.
+        """
+        found, skipped = self._products(model)
+        if not found:
+            return Rewrites(0, tuple(skipped))
+        readers: dict[Node, list[tuple[Node, str]]] = {}
+        for product, name in found:
+            value: Any = product.args[VALUES[product.target]]
+            readers.setdefault(value, []).append((product, name))
+        # What several products read is rounded once, and measured where the first of them reads it.
+        ranges = self._measured(model, {first[0][1] for first in readers.values()}) if self.mode == "static" else {}
+        for value, read in readers.items():
+            rounded = self._rounded(model, read[0][0], value, read[0][1], ranges)
+            for product, _ in read:
+                product.replace_input_with(value, rounded)
+        return Rewrites(len(found), tuple(skipped))
+
+    def _products(self, model: TracedModel) -> tuple[list[tuple[Node, str]], list[tuple[str, str]]]:
+        """Return the products with a weight, in order, each with the weight's name; and those that are kept."""
+        names = {node: name for name, node in model.parameters().items() if len(model.weights[name].shape) == 2}
+        found, kept = [], []
+        for node in model.graph.nodes:
+            weight: Any = node.args[PRODUCTS[node.target]] if node.op == "call_function" and node.target in PRODUCTS else None
+            value: Any = node.args[VALUES[node.target]] if weight in names else None
+            if value is None or value in names or _is_rounded(value):
+                continue
+            if any(fnmatchcase(names[weight], pattern) for pattern in self.keep):
+                kept.append((names[weight], "kept as it is"))
+            else:
+                found.append((node, names[weight]))
+        return found, kept
+
+    def _measured(self, model: TracedModel, names: set[str]) -> dict[str, ActivationRange]:
+        if not model.samples:
+            raise UsageError("static ranges of activations are measured on text, and none is given", fix="name one with --calibration FILE")
+        ranges = {name: ActivationRange() for name in names}
+
+        def add(name: str, x: torch.Tensor) -> None:
+            if name in ranges:
+                ranges[name].add(x)
+
+        observe(model, model.samples, add)
+        return ranges
+
+    def _rounded(self, model: TracedModel, product: Node, value: Node, name: str, ranges: dict[str, ActivationRange]) -> Node:
+        """Return the node that rounds a value, before the product that reads it first."""
+        weight: Any = product.args[PRODUCTS[product.target]]
+        if self.mode == "dynamic":
+            with model.graph.inserting_before(product):
+                return call(model.graph, calque.round_activations.default, value)
+        low, high = ranges[name].bounds(self.calibration, self.percentile, self.symmetric)
+        scale, zero, _, _ = steps(low, high, self.symmetric)
+        held = {"scale": (scale, "float32"), "zero_point": (zero, "int8" if self.symmetric else "uint8")}
+        constants = [_constant(model, f"{name}.input_{part}", number, dtype, weight) for part, (number, dtype) in held.items()]
+        with model.graph.inserting_before(product):
+            integers = call(model.graph, calque.quantize_linear.default, value, *constants)
+            return call(model.graph, calque.dequantize_linear.default, integers, *constants, 8, 0, 0)
+
+
+def _is_rounded(value: Any) -> bool:
+    """Return whether a value is one that was rounded."""
+    return calls(value, calque.round_activations.default) or calls(value, calque.dequantize_linear.default)
+
+
+def _constant(model: TracedModel, name: str, number: float, dtype: str, like: Node) -> Node:
+    """Return a new parameter that is one number."""
+    read = partial(torch.tensor, number, dtype=getattr(torch, dtype))
+    return model.add_parameter(name, Derived((), f"calibrated({number:.9g})", read, dtype, (), moved=False), like=like)
