@@ -111,9 +111,13 @@ def test_integers_are_held_in_the_longest_groups_that_share_a_scale(index: list[
     assert held_group(None if index is None else torch.tensor(index), size, group) == held
 
 
-def traced(folder: Path, **options: Any) -> TracedModel:
+def untouched(folder: Path) -> TracedModel:
     recipe = Recipe(model=str(folder), target="onnxruntime")
-    model = Conversion(recipe, open_target(recipe), source_of(folder)).trace()
+    return Conversion(recipe, open_target(recipe), source_of(folder)).trace()
+
+
+def traced(folder: Path, **options: Any) -> TracedModel:
+    model = untouched(folder)
     passes.run([QuantizeWeights(**options)], model)
     return model
 
@@ -214,11 +218,12 @@ def test_other_precisions_are_proved_and_the_report_says_what_became_of_the_inte
 
 def test_quantized_experts_are_merged_as_numbers(tmp_path: Path) -> None:
     written.float8(tmp_path, tiny=TYPES["mixtral"])
-    model = traced(tmp_path, bits=4)
+    model = untouched(tmp_path)
     merged = [name for name in model.quantized if name.endswith("experts.gate_up_proj")]
     assert len(merged) == 2
     loaded = source_of(tmp_path).load_eager()
     assert torch.equal(model.weights[merged[0]].read(), loaded.get_parameter(merged[0]))
+    assert {form for form, _ in model.quantized.values()} == {FORMS["fp8"][1]}
 
 
 def test_sizes_are_those_of_the_numbers(tmp_path: Path) -> None:
