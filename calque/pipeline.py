@@ -241,6 +241,8 @@ def plan(recipe: Recipe, progress: Callable[[str], None] = silent) -> dict[str, 
         with stages("passes"):
             counts = {name: done.count for name, done in conversion.rewrite(model).items()}
             problems = target.problems(model)
+        if not problems:
+            memory_plan.require_memory(model, recipe.max_memory, isinstance(target, targets.RunsBlocks))
         chosen = conversion.scenarios(model.limits, model.states)
         states = {state.output for state in model.states}
         beside = preflight.companion_bytes(source) + predicted_bytes(chosen, [spec for spec in model.outputs if spec.name not in states])

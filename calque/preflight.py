@@ -189,8 +189,16 @@ def smallest_block(model: TracedModel) -> int:
 
 
 def _wide_bytes(model: TracedModel) -> int:
-    """Return the bytes of the untouched model in float32."""
-    return FP32 * sum(math.prod(weight.shape) for weight in {id(w): w for w in model.weights.entries.values()}.values())
+    """Return the bytes of the untouched model in float32; of weights that are integers now, what they stand for counts."""
+    unique = {id(weight): weight for name, weight in model.weights.entries.items() if not _of_integers(name, model)}
+    # Tied names stand for weights of one shape: they are counted once each, which errs on the safe side.
+    whole = sum(math.prod(weight.shape) for weight in unique.values())
+    return FP32 * (whole + sum(math.prod(weight.shape) for weight in model.replaced.values()))
+
+
+def _of_integers(name: str, model: TracedModel) -> bool:
+    """Return whether a parameter is made of the integers, scales or zero points of one that was replaced."""
+    return any(name.startswith(f"{replaced}.") for replaced in model.replaced)
 
 
 def _decoding(model: TracedModel, weights: int) -> dict[str, Any]:

@@ -136,3 +136,12 @@ def test_every_node_of_an_artifact_is_in_one_block_and_large_products_are_cut(tm
 def test_weight_that_the_table_lacks_is_no_weight_of_a_streamed_model() -> None:
     with pytest.raises(KeyError, match="weight"):
         streamed(torch.nn.Linear(2, 2), {})
+
+
+def test_plan_of_what_cannot_fit_ends_as_its_conversion_would(tmp_path: Path) -> None:
+    for work in (lambda: pipeline.plan(quill(max_memory="100MB")), lambda: pipeline.convert(quill(max_memory="100MB"), tmp_path / "out")):
+        with pytest.raises(WontFit, match=r"does not fit into 100 MB|took .* are allowed") as caught:
+            work()
+        assert caught.value.exit_code == 6
+    assert not list(tmp_path.iterdir())
+    assert pipeline.plan(quill(max_memory="1TB"))["precision"] == "int4"
