@@ -60,12 +60,12 @@ def halves(up: Tensor) -> Tensor:
 
 
 def split(up: Tensor) -> Tensor:
-    gate, value = up.split(48, -1)
+    gate, value = torch.split(up, 48, -1)
     return torch.nn.functional.silu(gate) * value
 
 
 def thirds(up: Tensor) -> Tensor:
-    gate, value, _ = up.split(32, -1)
+    gate, value, _ = torch.split(up, 32, -1)
     return torch.cat([torch.nn.functional.silu(gate) * value, gate[..., :16]], -1)
 
 
