@@ -203,7 +203,9 @@ def _halves(gate: Any, value: Any) -> bool | None:
     if not calls(gate, getitem) or not calls(value, getitem) or gate.args[0] is not value.args[0]:
         return None
     pieces: Any = gate.args[0]
-    if not calls(pieces, aten.chunk.default) or pieces.args[1:] not in ((2, -1), (2, last)):
+    # A trace that torch made functional has the size of a half in place of their number.
+    count = 2 if calls(pieces, aten.chunk.default) else int(gate.meta["val"].shape[-1]) if calls(pieces, aten.split.Tensor) else 0
+    if pieces.args[1:] not in ((count, -1), (count, last)) or gate.meta["val"].shape != value.meta["val"].shape:
         return None
     return True if (gate.args[1], value.args[1]) == (0, 1) else None
 

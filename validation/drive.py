@@ -72,7 +72,7 @@ class ModelIO:
             # Weights alone are of that precision where an option says that all is computed in float32.
             "fp32" if options.get("arithmetic") == "float32" else artifact.precision,
             not exact and artifact.precision in QUANTIZED and options.get("activations", "int8") != "float32",
-            artifact.passes.get("fuse_experts", 0) > 0,
+            artifact.passes.get("fuse_experts", 0) > 0 or _chooses_experts(config),
         )
 
     @property
@@ -89,6 +89,14 @@ class ModelIO:
     def dtype(self) -> str:
         """What activations are computed in, as far as states and precision tell."""
         return self.states[0].dtype if self.states else NARROW.get(self.precision, "float32")
+
+
+def _chooses_experts(config: Mapping[str, Any]) -> bool:
+    """Return whether a config, or a part of it, counts several experts."""
+    return any(
+        _chooses_experts(value) if isinstance(value, dict) else "experts" in key and isinstance(value, int) and value > 1
+        for key, value in config.items()
+    )
 
 
 def _config_of(folder: Path) -> dict[str, Any]:

@@ -59,6 +59,16 @@ def halves(up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * value
 
 
+def split(up: Tensor) -> Tensor:
+    gate, value = torch.split(up, 48, -1)
+    return torch.nn.functional.silu(gate) * value
+
+
+def thirds(up: Tensor) -> Tensor:
+    gate, value, _ = torch.split(up, 32, -1)
+    return torch.cat([torch.nn.functional.silu(gate) * value, gate[..., :16]], -1)
+
+
 def limited(up: Tensor) -> Tensor:
     gate, value = up[..., 0::2].clamp(max=1.5), up[..., 1::2].clamp(-1.5, 1.5)
     return (value + 0.5) * (gate * torch.sigmoid(1.3 * gate))
@@ -85,7 +95,7 @@ def mixture(module: Mixture, **options: Any) -> TracedModel:
     return model
 
 
-@pytest.mark.parametrize("gate", [halves, limited])
+@pytest.mark.parametrize("gate", [halves, limited, split])
 @pytest.mark.parametrize("options", [{}, {"symmetric": False, "group": 32}, {"bits": 8, "group": 0}], ids=str)
 def test_gate_is_recognised_with_its_numbers_biases_and_groups(gate: Gate, options: dict[str, Any]) -> None:
     assert check_pass(FuseExperts(), mixture(Mixture(gate, bias=True), **options), arrays(INPUTS)).count == 1
@@ -96,12 +106,13 @@ def test_gate_is_recognised_with_its_numbers_biases_and_groups(gate: Gate, optio
     [
         (Mixture(unlike), {}, "its experts have another gate than g · sigmoid(alpha · g) · (v + beta)"),
         (Mixture(uneven), {}, "its experts have another gate than g · sigmoid(alpha · g) · (v + beta)"),
+        (Mixture(thirds), {}, "its experts have another gate than g · sigmoid(alpha · g) · (v + beta)"),
         (Mixture(swapped), {}, "its experts have another gate than g · sigmoid(alpha · g) · (v + beta)"),
         (Mixture(halves), {"overrides": {"down": "int8"}}, "its weights are of 4 and 8 bits"),
         (Mixture(halves, inner=40), {"bits": 8, "group": 0}, "its rows divide into no common group of 16 or more"),
         (Mixture(halves, inner=16), {"symmetric": False}, "its rows divide into no common group of 16 or more"),
     ],
-    ids=["gelu", "uneven", "swapped", "bits", "rows", "one-group-with-zero-points"],
+    ids=["gelu", "uneven", "thirds", "swapped", "bits", "rows", "one-group-with-zero-points"],
 )
 def test_mixture_that_the_kernel_cannot_do_keeps_its_products_with_the_reason(module: Mixture, options: dict[str, Any], why: str) -> None:
     model = mixture(module, **options)
