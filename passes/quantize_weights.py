@@ -63,8 +63,10 @@ class QuantizeWeights:
     ``search``: narrower ranges are tried as well. ``embedding``, ``head``: what tables and the last product are stored as; where
     both are one weight, ``head`` says. ``router``: products that choose experts. ``overrides``: what the weights are stored as
     whose names fit a pattern, the first that does. ``method``: ``nearest`` rounds to nearest; ``awq`` and ``gptq`` measure the model on
-    text first. ``auto`` is nearest without such text. ``stored``: which integers of a quantized checkpoint
-    are kept as they are; others are dequantized and quantized anew.
+    text first. ``auto`` is nearest without such text, and gptq with it: at int4 in groups of 32 the built-in model's perplexity grows by
+    0.48 % with gptq, 0.99 % with awq, 0.96 % with nearest (benchmarks/quantization/methods.md). Tables, and weights that several
+    products read, are rounded to nearest. ``stored``: which integers of a quantized checkpoint are kept as they are; others are
+    dequantized and quantized anew.
     """
 
     bits: Literal[4, 8] = 4
