@@ -191,7 +191,7 @@ def test_cells_that_would_share_a_folder_are_refused(read: Any) -> None:
 def test_settings_that_are_not_built_are_named_one_by_one(read: Any) -> None:
     assert unbuilt_settings(Recipe(model="m", target="t")) == []
     lines = unbuilt_settings(read(WHOLE))
-    assert [line.split()[0].rstrip(":") for line in lines] == ["calibration", "max_memory", "matrix"]
+    assert [line.split()[0].rstrip(":") for line in lines] == ["max_memory", "matrix"]
 
 
 @pytest.mark.parametrize(
