@@ -51,8 +51,8 @@ class QuantizeActivations:
     """
 
     mode: Literal["dynamic", "static"] = "dynamic"
-    calibration: Method = "minmax"
-    percentile: float = 99.99
+    calibration: Method = "mse"
+    percentile: float = 99.999
     symmetric: bool = False
     keep: tuple[str, ...] = ()
 
