@@ -2,10 +2,10 @@
 
 ::
 
-    before   linear(%x, %w, %b)                                                        %x float32
-    dynamic  linear(calque.round_activations(%x), %w, %b)                              the range is that of each call's %x
-    static   linear(dequantize_linear(quantize_linear(%x, %s, %z), %s, %z), %w, %b)    %s, %z measured on text beforehand
-    left     products of what is computed (attention's own), those that ``keep`` names
+    before  linear(%x, %w, %b)                                                        %x float32
+    after   linear(calque.round_activations(%x), %w, %b)                              dynamic: the range of each call's %x
+            linear(dequantize_linear(quantize_linear(%x, %s, %z), %s, %z), %w, %b)    static: %s, %z measured on text beforehand
+    left    products of what is computed (attention's own), those that ``keep`` names
 
 It goes before ``quantize_weights``: ranges are then those of the model as it was trained, found by the names of the checkpoint.
 ``lay_out_integers`` makes one product of it where the weight is of int8 per channel, and takes it back where the weight is not.
@@ -51,8 +51,8 @@ class QuantizeActivations:
     """
 
     mode: Literal["dynamic", "static"] = "dynamic"
-    calibration: Method = "minmax"
-    percentile: float = 99.99
+    calibration: Method = "mse"
+    percentile: float = 99.999
     symmetric: bool = False
     keep: tuple[str, ...] = ()
 

@@ -130,7 +130,7 @@ class OnnxRuntime:
         weights = QuantizeWeights(**QUANTIZED[precision])
         if precision == "int8-static":
             # Ranges first: they are those of the model as it was trained.
-            return (QuantizeActivations("static", "mse"), weights), (LayOutIntegers(),)
+            return (QuantizeActivations("static"), weights), (LayOutIntegers(),)
         if self.activations == "dynamic":
             return (QuantizeActivations("dynamic"), weights), (LayOutIntegers(),)
         return (weights,), (LayOutIntegers() if self.operators == "standard" else PackWeights(),)
