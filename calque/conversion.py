@@ -23,6 +23,9 @@ from calque.validation import scenarios
 from calque.weights import cast
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
     from torch.nn import Module
 
     from calque.artifact import Artifact, Limits
@@ -114,7 +117,7 @@ def plan_of(recipe: Recipe, target: Target, source: ModelSource | None = None) -
 class Conversion:
     """One recipe on the way to its artifact.
 
-    ``replaced``: parameters of the untouched model that passes gave other values, and ``rounding``, as `TracedModel.blocks` is: of the
+    ``replaced``: parameters of the untouched model that passes gave other values, and ``rounding``, as in `TracedModel`: of the
     model that was rewritten last. ``scratch``: a folder for what is measured of the model; ``calibrations``: what was,
     for every trace of this conversion. ``promoted``: what weights are stored as, by name, that get more bits than the passes would
     give them. ``block_bytes``: of how many bytes of weights at a time the proof may run the artifact; 0: all of them.
@@ -125,7 +128,7 @@ class Conversion:
     source: ModelSource
     scratch: Path | None = None
     replaced: dict[str, Weight] = field(default_factory=dict)
-    rounding: dict[str, int] = field(default_factory=dict)
+    rounding: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     calibrations: dict[Any, Any] = field(default_factory=dict)
     promoted: dict[str, str] = field(default_factory=dict)
     block_bytes: int = 0
@@ -172,7 +175,7 @@ class Conversion:
     def rewrite(self, model: TracedModel) -> dict[str, passes.Rewrites]:
         """Return what each pass did to the traced model and left alone, by name."""
         done = passes.run_all(self.plan, model)
-        self.replaced, self.rounding = model.replaced, model.blocks
+        self.replaced, self.rounding = model.replaced, model.rounding
         return done
 
     def bounded(self, limits: Limits) -> Limits:

@@ -135,7 +135,9 @@ def prove(conversion: Conversion, artifact: Artifact, report: Report, scratch: P
     load_eager = cache(conversion.eager)
     with stages("reference"):
         becomes = partial(passes.expected, conversion.plan)
-        expected = store_reference(load_eager, chosen, ModelIO.of(artifact), artifact.folder, scratch, becomes, blocks=conversion.rounding)
+        expected = store_reference(
+            load_eager, chosen, ModelIO.of(artifact), artifact.folder, scratch, becomes, rounding=conversion.rounding
+        )
         states, note = states_alone(load_eager(), shown) if shown else ({}, "")
         load_eager.cache_clear()  # what opens the artifact needs the memory
     with stages("prove"):
@@ -171,7 +173,7 @@ def prove_by_blocks(conversion: Conversion, artifact: Artifact, report: Report, 
     becomes = partial(passes.expected, conversion.plan)
     with stages("reference"):
         load, io = conversion.streamed_eager, ModelIO.of(artifact)
-        expected = store_reference(load, chosen, io, artifact.folder, scratch, becomes, blocks=conversion.rounding)
+        expected = store_reference(load, chosen, io, artifact.folder, scratch, becomes, rounding=conversion.rounding)
     with stages("prove"):
         proof, rows = run_scenarios(artifact, conversion.in_blocks(artifact), chosen, expected)
         if targets.exact(conversion.target, artifact, conversion.recipe.threads):

@@ -6,7 +6,7 @@ parameters, inputs and outputs, so that the program's signature, the weight tabl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +47,8 @@ class TracedModel:
     trained_length: int | None = None
     # Parameters of the untouched model that a pass gave other values: by name, what it would hold to compute the same.
     replaced: dict[str, Weight] = field(default_factory=dict)
-    # Parameters that are integers, and how many of the values that a product with one reads may share a scale.
-    blocks: dict[str, int] = field(default_factory=dict)
+    # What becomes of the values that the product with a parameter reads, by the parameter's name, where runtimes round them.
+    rounding: dict[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
     # Rows of tokens that the model is measured on, with what the tokenizer puts around a text; none without calibration.
     samples: tuple[tuple[int, ...], ...] = ()
     # What was measured on them, by what was asked: the traces of one conversion share it, so that they all get the same integers.
@@ -290,7 +290,7 @@ class TracedModel:
             program=program,
             weights=replace(self.weights, entries=dict(self.weights.entries)),
             replaced=dict(self.replaced),
-            blocks=dict(self.blocks),
+            rounding=dict(self.rounding),
             quantized=dict(self.quantized),
         )
 

@@ -17,6 +17,7 @@ Source: DynamicQuantizeLinear and QuantizeLinear of the ONNX standard; ranges as
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -87,8 +88,9 @@ class QuantizeActivations:
         ranges = self._measured(model, {first[0][1] for first in readers.values()}) if self.mode == "static" else {}
         for value, read in readers.items():
             rounded = self._rounded(model, read[0][0], value, read[0][1], ranges)
-            for product, _ in read:
+            for product, name in read:
                 product.replace_input_with(value, rounded)
+                model.rounding[name] = self._rounding(read[0][1], ranges)
         return Rewrites(len(found), tuple(skipped))
 
     def _products(self, model: TracedModel) -> tuple[list[tuple[Node, str]], list[tuple[str, str]]]:
@@ -118,6 +120,15 @@ class QuantizeActivations:
         observe(model, model.samples, add)
         return ranges
 
+    def _rounding(self, name: str, ranges: dict[str, ActivationRange]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return what rounds a value as the nodes do."""
+        if self.mode == "dynamic":
+            dynamic: Callable[[torch.Tensor], torch.Tensor] = calque.round_activations.default
+            return dynamic
+        scale, zero, _, _ = steps(*ranges[name].bounds(self.calibration, self.percentile, self.symmetric), self.symmetric)
+        dtype = torch.int8 if self.symmetric else torch.uint8
+        return partial(_round_trip, scale=torch.tensor(scale), zero_point=torch.tensor(zero, dtype=dtype))
+
     def _rounded(self, model: TracedModel, product: Node, value: Node, name: str, ranges: dict[str, ActivationRange]) -> Node:
         """Return the node that rounds a value, before the product that reads it first."""
         weight: Any = product.args[PRODUCTS[product.target]]
@@ -131,6 +142,13 @@ class QuantizeActivations:
         with model.graph.inserting_before(product):
             integers = call(model.graph, calque.quantize_linear.default, value, *constants)
             return call(model.graph, calque.dequantize_linear.default, integers, *constants, 8, 0, 0)
+
+
+def _round_trip(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """Return the values as integers and back."""
+    integers = calque.quantize_linear(x, scale, zero_point)
+    number: torch.Tensor = calque.dequantize_linear(integers, scale, zero_point, 8, 0, 0)
+    return number
 
 
 def _is_rounded(value: Any) -> bool:

@@ -37,7 +37,7 @@ from calque.errors import UsageError
 from calque.passes import Rewrites
 from calque.patterns import aten
 from calque.products import Reading, products_behind, readings
-from calque.quantization import SHORTEST_GROUP, Part, QuantizedWeight, Scheme, quantize
+from calque.quantization import SHORTEST_GROUP, Part, QuantizedWeight, Scheme, quantize, round_blocks
 from calque.stored_integers import KEPT, Dequantized, KeptWeight, anew
 from calque.traced import call, user_nodes
 from calque.weights import Derived, Weight
@@ -122,7 +122,7 @@ class QuantizeWeights:
                 if owner in model.quantized:
                     model.quantized[owner] = (model.quantized[owner][0], KEPT if isinstance(made, KeptWeight) else anew(scheme))
                 if read.experts == 1:
-                    model.blocks[owner] = scheme.block(read.columns(stored.shape))
+                    model.rounding.setdefault(owner, partial(round_blocks, block=scheme.block(read.columns(stored.shape))))
         if calibration:
             _divide(model, calibration)
         model.drop_unused_parameters()

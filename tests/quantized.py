@@ -76,5 +76,5 @@ def integers(name: str, precision: str = "int4", group: int = 16, symmetric: boo
     def eager() -> torch.nn.Module:
         return with_weights(source.load_eager(), model.replaced)
 
-    references = store_reference(eager, built, ModelIO.of(artifact), folder, folder / "scratch", blocks=model.blocks)
+    references = store_reference(eager, built, ModelIO.of(artifact), folder, folder / "scratch", rounding=model.rounding)
     return Integers(plain, model, artifact, built, references, target)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from calque.artifact import TensorSpec
     from calque.validation.drive import ModelIO
+    from calque.validation.rounding import Rounding
 
     Key = tuple[int, bool]
     # What to feed the eager model: a row, on a side of ``recompute_at``, and its length where each length is another text.
@@ -104,22 +105,22 @@ def store_reference(
     scratch: Path,
     expected: Callable[[Outputs], Outputs] = dict,
     budget: int = BUDGET,
-    blocks: Mapping[str, int] | None = None,
+    rounding: Mapping[str, Rounding] | None = None,
 ) -> dict[str, dict[str, Reference]]:
     """``folder/reference`` holds one npz a scenario, at most ``budget`` bytes together; return the whole references by output.
 
     What the whole references hold lies in files of ``scratch``, mapped, and is good as long as these stay. One eager
     forward is made for each pool row, batch 1, no padding, no cache; one more where the row also grows past
     ``recompute_at``. Without a cache what comes later in a text changes what came before: each length is one forward.
-    ``expected``: what the passes make of the outputs of one row. ``blocks``: parameters whose products round what they read,
-    each with how many values share a scale; then every row is run a second time, rounded.
+    ``expected``: what the passes make of the outputs of one row. ``rounding``: what becomes of the values that products with those
+    parameters read; then every row is run a second time, rounded.
 
     Raises:
         SourceUnreadable: the eager model's own outputs are not finite.
     """
     scenarios = [scenario for scenario in scenarios if not scenario.not_run]
     pool = _pool_rows(scenarios, prefixes=bool(io.states))
-    measured, moved = _forward_pool(load_eager, pool, io, expected, scratch, blocks or {}) if pool else ({}, {})
+    measured, moved = _forward_pool(load_eager, pool, io, expected, scratch, rounding or {}) if pool else ({}, {})
     references = {scenario.name: _gather(scenario, io, measured, moved) for scenario in scenarios}
     (folder / FOLDER).mkdir(exist_ok=True)
     columns = {spec.name: _columns(scenarios, references, spec, budget // len(io.outputs)) for spec in io.outputs}
@@ -149,7 +150,7 @@ def _forward_pool(
     io: ModelIO,
     expected: Callable[[Outputs], Outputs],
     scratch: Path,
-    blocks: Mapping[str, int],
+    rounding: Mapping[str, Rounding],
 ) -> tuple[dict[PoolKey, dict[str, Table]], dict[PoolKey, dict[str, float]]]:
     """Return the eager model's answer to each pool row, by output, values mapped from ``scratch``; and how far rounding moves it."""
     model = load_eager().eval()
@@ -165,8 +166,8 @@ def _forward_pool(
             )
             for spec in io.outputs
         }
-        if blocks:
-            with rounded_activations(model, blocks):
+        if rounding:
+            with rounded_activations(model, rounding):
                 rounded = expected(eager_outputs(model, tokens, io.inputs))
             moved[row, beyond, length] = {spec.name: float(np.abs(rounded[spec.name] - outputs[spec.name]).max()) for spec in io.outputs}
     return measured, moved

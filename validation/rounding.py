@@ -12,36 +12,27 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
+
+    Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 # Two roundings of one value, the runtime's and this one, may fall to different sides.
 FACTOR = 2.0
-LARGEST = 127
-
-
-def round_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
-    """Return the values as 8 bits hold them, each block of the last axis with a scale of its own, the largest being 127.
-
-    Source: ``QuantizeARow`` of MLAS in onnxruntime@1.31, which MatMulNBits calls where its accuracy level is 4.
-    """
-    import torch
-
-    blocks = x.reshape(*x.shape[:-1], -1, block)
-    scale = blocks.abs().amax(-1, keepdim=True) / LARGEST
-    return (torch.where(scale > 0, blocks / scale, 0.0).round() * scale).reshape(x.shape)
 
 
 @contextmanager
-def rounded_activations(model: torch.nn.Module, blocks: Mapping[str, int]) -> Iterator[None]:
+def rounded_activations(model: torch.nn.Module, rounding: Mapping[str, Rounding]) -> Iterator[None]:
     """Round what the layers read whose weights are named, while the block runs; lookups read no values."""
     import torch
 
-    def before(block: int, _: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (round_blocks(given[0], block), *given[1:])
+    def before(rounded: Rounding, _: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (rounded(given[0]), *given[1:])
 
-    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in blocks}
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in rounding}
     hooks = [
-        owner.register_forward_pre_hook(partial(before, blocks[name]))
+        owner.register_forward_pre_hook(partial(before, rounding[name]))
         for name, owner in owners.items()
         if not isinstance(owner, torch.nn.Embedding)
     ]
