@@ -8,6 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from calque import passes
@@ -59,11 +60,24 @@ def planned(target: OnnxRuntime, precision: str, options: dict[str, Any]) -> lis
 @cache
 def integers(name: str, precision: str = "int4", group: int = 16, symmetric: bool = True, padding: str = "any") -> Integers:
     """The model as ONNX Runtime's target writes it in that precision, made once a process; several groups a row."""
+    return _converted(name, precision, padding, {"group": group, "symmetric": symmetric}, ())
+
+
+@cache
+def calibrated(name: str, method: str) -> Integers:
+    """The model at 4 bits, rounded by what its products read of a few rows of random tokens."""
+    generator = np.random.default_rng(5)
+    samples = tuple(tuple(int(token) for token in generator.integers(3, VOCABULARY, 24)) for _ in range(6))
+    return _converted(name, "int4", "any", {"group": 16, "method": method}, samples)
+
+
+def _converted(name: str, precision: str, padding: str, options: dict[str, Any], samples: tuple[tuple[int, ...], ...]) -> Integers:
     _KEPT.append(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
     folder = Path(_KEPT[-1].name)
     (folder / "scratch").mkdir()
     model, source, target = traced(name), source_of(name), OnnxRuntime(padding=padding)  # type: ignore[arg-type]
-    plan = planned(target, precision, {"group": group, "symmetric": symmetric})
+    model.samples = samples
+    plan = planned(target, precision, options)
     at = [passes.name_of(rewrite) for rewrite in plan].index("pack_weights")
     counts = passes.run(plan[:at], model)
     plain = model.copy()

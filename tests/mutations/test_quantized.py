@@ -7,7 +7,7 @@ import pytest
 from calque import passes
 from tests.mutations.measure import LEAST_MARGIN
 from tests.mutations.quantized import FAULTS, PLANS, broken, zero_points_ignored
-from tests.quantized import Integers, integers, planned
+from tests.quantized import Integers, calibrated, integers, planned
 from tests.tiny_models import traced
 
 MODELS = ("llama", "qwen3", "gemma2", "gpt2")
@@ -46,3 +46,13 @@ def test_each_other_way_to_quantize_is_caught(name: str, subtests: pytest.Subtes
             other = traced(name)
             passes.run(planned(made.target, "int4", {"group": 16, **options}), other)
             assert caught(made, made.graph(other))
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_calibration_that_is_ignored_is_caught(method: str) -> None:
+    """The reference holds weights that were rounded by what products read of a text; the graph those rounded to nearest."""
+    made = calibrated("llama", method)
+    assert made.failed(made.graph(made.model)) is None
+    other = traced("llama")
+    passes.run(planned(made.target, "int4", {"group": 16}), other)
+    assert caught(made, made.graph(other))
