@@ -15,6 +15,17 @@ if TYPE_CHECKING:
 LARGEST_BLOCK = 256 << 20
 
 
+def require_tools(allowed: int | None) -> None:
+    """Leave quietly if what converts fits into the memory allowed by itself; None allows anything.
+
+    Raises:
+        WontFit: how much it takes.
+    """
+    if allowed is not None and allowed < preflight.TOOLS_BYTES:
+        takes = size(preflight.TOOLS_BYTES)
+        raise WontFit(f"torch and transformers alone take {takes}, {size(allowed)} are allowed", fix="allow more with --max-memory")
+
+
 def require_memory(model: TracedModel, allowed: int | None, blocks: bool) -> int:
     """Return of how many bytes of weights at a time the proof may run the artifact, 0 where all of them fit; None allows anything.
 

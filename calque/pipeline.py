@@ -48,6 +48,7 @@ def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Callabl
     """
     out = Path(out)
     target = open_target(recipe)
+    memory_plan.require_tools(recipe.max_memory)
     check_output(out, force)
     use_threads(recipe)
     stages = Stages(progress)

@@ -145,3 +145,8 @@ def test_plan_of_what_cannot_fit_ends_as_its_conversion_would(tmp_path: Path) ->
         assert caught.value.exit_code == 6
     assert not list(tmp_path.iterdir())
     assert pipeline.plan(quill(max_memory="1TB"))["precision"] == "int4"
+
+
+def test_less_memory_than_the_tools_take_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(WontFit, match="torch and transformers alone take"):
+        pipeline.convert(Recipe(model="nowhere", target="onnxruntime", max_memory=200 << 20), tmp_path / "out")

@@ -52,11 +52,11 @@ All are caught at five times the limit. `kv_lengths` too large is none: what it 
 
 ## With integers for weights
 
-Faults of packed weights are planted in llama, qwen3, gemma2 and gpt2 at 4 bits, and in two of them at 8 bits with zero points: a zero point off
-by one or ignored, groups transposed, the scale of the neighbour group or of the row above, one scale of one group 10 % off, halves of
-bytes swapped, groups swapped, rows one place off, signed for unsigned. So are plans other than the reference's: the head left out, the
-search or the calibration left out, another group, one weight left out or of other bits: `tests/mutations/test_quantized.py`. All are caught at
-five times the limit, activations being as they are.
+Faults of packed weights are planted in llama, qwen3, gemma2 and gpt2 at 4 bits, and in two of them at 8 bits with zero points: a
+zero point off by one or ignored, groups transposed, the scale of the neighbour group or of the row above, one scale of one group
+10 % off, halves of bytes swapped, groups swapped, rows one place off, signed for unsigned. So are plans other than the
+reference's: the head left out, the search or the calibration left out, another group, one weight left out or of other bits:
+`tests/mutations/test_quantized.py`. All are caught at five times the limit, activations being as they are.
 
 ## What cannot be caught, and is no fault
 
