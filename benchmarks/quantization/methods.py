@@ -106,7 +106,7 @@ HEAD = """\
 # Perplexity of `builtin:quill` by method
 
 Eager, float32, with the weights that the integers stand for; `heldout.txt`, 29,413 tokens in runs of 1023. Tied embedding and head int8
-where the rest is int4. Calibrated on 128 rows of 256 tokens of documentation of Python's standard library, none of it held out.
+where the rest is int4. Calibrated on 128 rows of 256 tokens of documentation of Python's standard library, no document of it held out.
 Made by `python -m benchmarks.quantization.methods`.
 
 """
