@@ -240,7 +240,7 @@ def plan(recipe: Recipe, progress: Callable[[str], None] = silent) -> dict[str, 
         with stages("trace"):
             conversion = Conversion(recipe, target, source)
             model = conversion.trace()
-            traced = len(model.graph.nodes)
+            traced, parameters = len(model.graph.nodes), facts.count_parameters(model)
         with stages("passes"):
             counts = {name: done.count for name, done in conversion.rewrite(model).items()}
             problems = target.problems(model)
@@ -254,6 +254,7 @@ def plan(recipe: Recipe, progress: Callable[[str], None] = silent) -> dict[str, 
         "target": recipe.target,
         "precision": recipe.precision,
         **preflight.sizes(model, beside),
+        "parameters": parameters,
         "nodes": {"traced": traced, "after passes": len(model.graph.nodes)},
         "passes": counts,
         "states": len(model.states),

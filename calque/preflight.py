@@ -214,7 +214,7 @@ def _looked_up(model: TracedModel) -> int:
     total = 0
     for name, node in model.parameters().items():
         users = {user.target for user in node.users}
-        if users == {torch.ops.aten.embedding.default}:
+        if users and users <= {torch.ops.aten.embedding.default, torch.ops.calque.packed_embedding.default}:
             weight = model.weights[name]
             total += math.prod(weight.shape) * getattr(torch, torch_dtype_name(weight)).itemsize
     return total

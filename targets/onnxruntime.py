@@ -75,7 +75,6 @@ class OnnxRuntime:
         from calque.passes.cache_static import CacheStatic
         from calque.passes.cast_precision import CastPrecision
         from calque.passes.drop_zero_bias import DropZeroBias
-        from calque.passes.fuse_experts import FuseExperts
         from calque.passes.fuse_gelu import FuseGelu
         from calque.passes.fuse_grouped_attention import FuseGroupedAttention
         from calque.passes.fuse_layer_norm import FuseLayerNorm
@@ -94,10 +93,8 @@ class OnnxRuntime:
             # What follows, in operators of the standard.
             written = (FuseGelu(), FuseRmsNorm(), FuseLayerNorm(), FuseRotary())
             return (*quantize, DropZeroBias(), *written, cache, SimplifyShapes(), *pack, TransposeLinear(), *cast)
-        experts = (FuseExperts(rounded=self.activations == "int8"),) if quantize else ()  # those that a token chose run, and no others
         joined = (
             *quantize,  # first, while parameters have the names of the checkpoint
-            *experts,
             DropZeroBias(),  # an addition less for each
             FuseGelu(),  # up to eight operators an activation become one
             FuseRmsNorm(),  # five operators a norm become one
@@ -120,6 +117,7 @@ class OnnxRuntime:
 
     def _integers(self, precision: str) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
         """Return the passes that make integers of numbers, and those that lay them out for the operators that read them."""
+        from calque.passes.fuse_experts import FuseExperts
         from calque.passes.lay_out_integers import LayOutIntegers
         from calque.passes.pack_weights import PackWeights
         from calque.passes.quantize_activations import QuantizeActivations
@@ -127,13 +125,15 @@ class OnnxRuntime:
 
         if (self.activations != "int8" and precision == "int8-static") or (self.activations == "dynamic" and precision != "int8"):
             raise UsageError(f"activations: {self.activations} does not go with precision: {precision}", fix="leave one of the two out")
-        weights = QuantizeWeights(**QUANTIZED[precision])
+        # Of experts, those that a token chose run, and no others.
+        experts = (FuseExperts(rounded=self.activations == "int8"),) if self.operators == "fused" else ()
+        weights = (QuantizeWeights(**QUANTIZED[precision]), *experts)
         if precision == "int8-static":
             # Ranges first: they are those of the model as it was trained.
-            return (QuantizeActivations("static"), weights), (LayOutIntegers(),)
+            return (QuantizeActivations("static"), *weights), (LayOutIntegers(),)
         if self.activations == "dynamic":
-            return (QuantizeActivations("dynamic"), weights), (LayOutIntegers(),)
-        return (weights,), (LayOutIntegers() if self.operators == "standard" else PackWeights(),)
+            return (QuantizeActivations("dynamic"), *weights), (LayOutIntegers(),)
+        return weights, (LayOutIntegers() if self.operators == "standard" else PackWeights(),)
 
     def problems(self, model: TracedModel) -> list[Problem]:
         """Return the nodes that have no ONNX translation."""

@@ -28,7 +28,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()
     save_random(TINY["llama"], tmp_path / "tiny")
-    (tmp_path / "matrix.yaml").write_text(f"model: ./tiny\n{SETTINGS}matrix: {{precision: [int4, fp32]}}\n")
+    (tmp_path / "matrix.yaml").write_text(f"model: ./tiny\n{SETTINGS}matrix: {{precision: [fp8, fp32]}}\n")
     return tmp_path
 
 
@@ -37,8 +37,8 @@ def test_every_cell_is_converted_and_told_in_a_table(place: Path, capsys: Output
     assert cli.main(command) == 4
     out, err = capsys.readouterr()
     rows = [line.split() for line in out.splitlines()[2:]]
-    assert [row[:3] for row in rows] == [["tiny-onnxruntime-int4", "failed", "4"], ["tiny-onnxruntime-fp32", "passed", "0"]]
-    assert "1 of 2: tiny-onnxruntime-int4\nUnsupported: " in err
+    assert [row[:3] for row in rows] == [["tiny-onnxruntime-fp8", "failed", "4"], ["tiny-onnxruntime-fp32", "passed", "0"]]
+    assert "1 of 2: tiny-onnxruntime-fp8\nUnsupported: " in err
     assert (place / "out" / "tiny-onnxruntime-fp32" / "model.onnx").is_file()
     assert cli.main(command) == 2
     assert "exists already" in capsys.readouterr().err
@@ -57,7 +57,7 @@ def test_a_plan_of_a_matrix_plans_every_cell_and_writes_nothing(place: Path, cap
     assert cli.main(["convert", "--recipe", "matrix.yaml", "-o", "out", "--plan"]) == 4
     out, err = capsys.readouterr()
     assert "tiny-onnxruntime-fp32\nmodel" in out
-    assert [line.split() for line in out.splitlines()[-2:]] == [["tiny-onnxruntime-int4", "4"], ["tiny-onnxruntime-fp32", "0"]]
+    assert [line.split() for line in out.splitlines()[-2:]] == [["tiny-onnxruntime-fp8", "4"], ["tiny-onnxruntime-fp32", "0"]]
     assert "Unsupported" in err
     assert cli.main(["convert", "--recipe", "matrix.yaml", "--plan", "--json"]) == 4
     failed, planned = json.loads(capsys.readouterr().out)["cells"]
@@ -68,7 +68,7 @@ def test_a_plan_of_a_matrix_plans_every_cell_and_writes_nothing(place: Path, cap
 
 def test_several_recipes_are_one_run(place: Path, capsys: Output) -> None:
     (place / "plain.yaml").write_text(f"model: ./tiny\n{SETTINGS}")
-    (place / "quill.yaml").write_text(f"model: builtin:quill\n{SETTINGS}precision: int8\n")
+    (place / "quill.yaml").write_text(f"model: builtin:quill\n{SETTINGS}precision: fp8\n")
     assert cli.main(["convert", "--recipe", "plain.yaml", "quill.yaml", "-o", "out"]) == 4
     assert [cell["status"] for cell in json.loads((place / "out" / "matrix.json").read_text())["cells"]] == ["passed", "failed"]
     capsys.readouterr()

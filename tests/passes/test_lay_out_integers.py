@@ -22,7 +22,7 @@ def quantized(name: str, *first: passes.Pass) -> TracedModel:
     return model
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3"])
 @pytest.mark.parametrize("weights", [QuantizeWeights(), QuantizeWeights(symmetric=False), PER_CHANNEL], ids=str)
 def test_products_and_lookups_read_integers_as_they_lie(name: str, weights: QuantizeWeights) -> None:
     model = quantized(name, weights)
