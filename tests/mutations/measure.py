@@ -40,7 +40,8 @@ NOTES = """\
 
 The mutations of the graph are applied before the operators are joined as well, for padding `any` and `right`, those that they have on
 phi3, gpt_oss and bloom too, and faults of the
-joined operators' own arguments (bias, lengths, tables of angles, sinks, scale, soft cap, window) after it: `tests/mutations/test_fused.py`.
+joined operators' own arguments (bias, lengths, tables of angles, sinks, scale, soft cap, window) after it: `tests/mutations/test_fused.py`,
+most models with `-m slow`.
 All are caught at five times the limit, but for those that joining takes out of the model, which stays right: in padding `right` the
 {of_the_mask} mutations of the mask, which it has no more; in padding `any`, of a mask without a window, those of anything but padding.
 

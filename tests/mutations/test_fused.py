@@ -9,14 +9,14 @@ import pytest
 from tests.mutations.fused import ALWAYS_READ, FAULTS, NEVER_READ, OF_THE_MASK, first_failure, fused, healed
 from tests.mutations.measure import LEAST_MARGIN
 from tests.mutations.mutations import LACKING, MUTATIONS, applicable
-from tests.mutations.traced_gate import MODELS, traced_gate
+from tests.mutations.traced_gate import MODELS, some_quick, traced_gate
 
 # Padding none is padding right of which no row has any.
 PADDINGS = ("any", "right")
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("name", [*MODELS, "phi3", *LACKING])
+@pytest.mark.parametrize("name", some_quick(*MODELS, "phi3", *LACKING))
 def test_each_mutation_is_caught_though_every_operator_is_joined(name: str, padding: str, subtests: pytest.Subtests) -> None:
     gate = traced_gate(name)
     for mutation in applicable(name):
@@ -31,7 +31,7 @@ def test_each_mutation_is_caught_though_every_operator_is_joined(name: str, padd
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("name", [*MODELS, "phi3", "gpt_oss", "llama-16"])
+@pytest.mark.parametrize("name", some_quick(*MODELS, "phi3", "gpt_oss", "llama-16"))
 def test_each_fault_of_a_joined_operator_is_caught(name: str, padding: Any, subtests: pytest.Subtests) -> None:
     gate = traced_gate(name)
     whole = fused(gate.settled.copy(), padding)

@@ -6,10 +6,10 @@ import pytest
 
 from tests.mutations.measure import LEAST_MARGIN
 from tests.mutations.slots import broken, faults, slots_gate
-from tests.mutations.traced_gate import MODELS
+from tests.mutations.traced_gate import MODELS, some_quick
 
 
-@pytest.mark.parametrize("name", [*MODELS, "phi3", "gpt_oss", "bloom"])
+@pytest.mark.parametrize("name", some_quick(*MODELS, "phi3", "gpt_oss", "bloom"))
 def test_each_fault_of_a_cache_in_slots_is_caught(name: str, subtests: pytest.Subtests) -> None:
     gate = slots_gate(name)
     assert gate.first_failure(gate.session(gate.settled)) is None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from calque import passes
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 # One of each way to say a position, to share keys between heads, to limit what a query sees, and to mix experts.
 MODELS = ("llama", "qwen3", "gemma2", "gemma3_text", "gpt2", "mixtral")
+# What a quick run goes through: one that is plain, one with windows and caps, one with positions that are learned. `-m slow`: the others.
+QUICK = ("llama", "llama-16", "gemma2", "gpt2")
 # Set so that a fault shows. Every model is tied, so that there is a tie to lose. Gemma's query scale is not that of its head
 # size, and its soft caps are as near to the scores of a tiny model as 50 and 30 are to those of a trained one. Its embeddings
 # times √hidden have unit variance, so that an epsilon of 1e-6 or of 1e-5 is all one to float32 (3e-5 to 4e-5 σ): hence 1e-4.
@@ -87,6 +90,11 @@ class TracedGate:
         longest = next(scenario for scenario in self.scenarios if scenario.name == LONGEST)
         rows = tuple(row[:prompt] for row, prompt in zip(longest.rows, longest.prompts, strict=True))
         return compare(session, self.io, replace(longest, rows=rows, decode=0), self.references[LONGEST])
+
+
+def some_quick(*names: str) -> list[Any]:
+    """The models as parameters of a test, those that are not quick marked as slow."""
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
 
 
 _KEPT: list[tempfile.TemporaryDirectory[str]] = []

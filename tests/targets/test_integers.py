@@ -14,8 +14,10 @@ from calque.traced import user_nodes
 from tests.quantized import Integers, integers
 from tests.tiny_models import TYPES
 
+# One of each kind; the other types with `-m slow`.
+QUICK = ("llama", "gemma2", "gpt2", "mixtral", "bloom", "phi3-longrope")
 CASES = [
-    *((name, "int4", 16, True, "any") for name in TYPES),
+    *(pytest.param(name, "int4", 16, True, "any", marks=() if name in QUICK else pytest.mark.slow) for name in TYPES),
     *((name, "int8", 0, True, "right") for name in ("llama", "qwen3", "gemma3_text", "gpt2")),
     ("llama", "int4", 32, False, "none"),
     ("llama", "int8", 16, False, "any"),
