@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from calque.artifact import Artifact, Limits
     from calque.passes import Pass
+    from calque.passes.quantize_weights import Storage
     from calque.session import Session
     from calque.states import StateSpec
     from calque.validation.bisect import Stage
@@ -130,7 +131,7 @@ class Conversion:
     replaced: dict[str, Weight] = field(default_factory=dict)
     rounding: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     calibrations: dict[Any, Any] = field(default_factory=dict)
-    promoted: dict[str, str] = field(default_factory=dict)
+    promoted: dict[str, Storage] = field(default_factory=dict)
     block_bytes: int = 0
 
     @property
@@ -138,11 +139,16 @@ class Conversion:
         """The passes, in order; what the recipe itself says of a weight goes before a promotion."""
         return self._plan(self.promoted)
 
-    def _plan(self, promoted: Mapping[str, str]) -> tuple[Pass, ...]:
+    def _plan(self, promoted: Mapping[str, Storage]) -> tuple[Pass, ...]:
         listed = plan_of(self.recipe, self.target, self.source)
+        if not promoted:
+            return listed
+        from calque.passes.quantize_weights import QuantizeWeights
+
         more = {escape(name): storage for name, storage in promoted.items()}
+        # The first pattern that fits decides, and a recipe's own come first.
         return tuple(
-            replace(step, overrides={**step.overrides, **more, **step.overrides}) if more and passes.name_of(step) == QUANTIZING else step  # type: ignore
+            replace(step, overrides={**step.overrides, **more, **step.overrides}) if isinstance(step, QuantizeWeights) else step
             for step in listed
         )
 
@@ -151,7 +157,7 @@ class Conversion:
         """Whether weights become integers."""
         return any(passes.name_of(step) == QUANTIZING for step in self.plan)
 
-    def quantized(self, model: TracedModel, promoted: Mapping[str, str]) -> TracedModel:
+    def quantized(self, model: TracedModel, promoted: Mapping[str, Storage]) -> TracedModel:
         """Return a copy of the traced model with integers for weights, ``promoted`` ones in more bits; no pass after that has run."""
         made = model.copy()
         for step in self._plan(promoted):

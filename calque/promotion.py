@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from calque.conversion import Conversion
+    from calque.passes.quantize_weights import Storage
     from calque.traced import TracedModel
     from calque.validation.quality import Answer, Baseline, Quality
     from calque.weights import Weight
@@ -59,7 +60,7 @@ class Layers:
     eager: Module
     answer: Answer
     baseline: Baseline
-    _levels: dict[int, tuple[dict[str, Weight], dict[str, str]]] = field(default_factory=dict)
+    _levels: dict[int, tuple[dict[str, Weight], dict[str, Storage]]] = field(default_factory=dict)
     _now: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -76,17 +77,17 @@ class Layers:
         """Return what the untouched model would hold at that level, by parameter; of others nothing changes."""
         return self._at(level)[0]
 
-    def stored(self, layer: str, level: int) -> dict[str, str]:
+    def stored(self, layer: str, level: int) -> dict[str, Storage]:
         """Return what the layer's weights are stored as at that level, by name."""
         planned, there = self._at(PLANNED)[1], self._at(level)[1]
         return {name: there.get(name, "keep") for name in self.names[layer] if name in planned}
 
-    def _at(self, level: int) -> tuple[dict[str, Weight], dict[str, str]]:
+    def _at(self, level: int) -> tuple[dict[str, Weight], dict[str, Storage]]:
         from calque.passes.quantize_weights import stored_as
 
         if level not in self._levels:
             planned = self._at(PLANNED)[1] if level else {}
-            to = {WIDER: "int8", KEPT: "keep"}.get(level, "")
+            to: Storage = "int8" if level == WIDER else "keep"
             model = self.conversion.quantized(
                 self.traced, {name: to for name, stored in planned.items() if level == KEPT or stored == "int4"}
             )
@@ -188,7 +189,7 @@ def _climb(layers: Layers, found: Found, ladder: list[str], to: int, max_kl: flo
     return replace(found, levels=levels, quality=best, steps=tuple(tried), promoted=(*found.promoted, *rows))
 
 
-def overrides(layers: Layers, levels: Levels) -> dict[str, str]:
+def overrides(layers: Layers, levels: Levels) -> dict[str, Storage]:
     """Return what every weight is stored as that the levels store otherwise than planned, by name."""
     return {
         name: storage
