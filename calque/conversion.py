@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calque import converters, passes, sentence, targets
-from calque.calibration_text import read_rows
 from calque.choices import NARROW
 from calque.errors import TargetUnavailable, Unsupported, UsageError
 from calque.recipe import Recipe, unbuilt_settings
@@ -18,6 +17,7 @@ from calque.source import ModelSource
 from calque.stored_integers import NUMBERS, form_of
 from calque.targets import Target
 from calque.tasks import POOLED
+from calque.texts import spread_rows
 from calque.traced import TracedModel
 from calque.validation import scenarios
 from calque.weights import cast
@@ -174,7 +174,7 @@ class Conversion:
         model.limits = self.bounded(model.limits)
         if given := self.recipe.calibration:
             longest = min(filter(None, (model.limits.max_length, model.trained_length)), default=None)
-            model.samples = read_rows(Path(given.text), self.source, given.samples, longest)
+            model.samples = spread_rows(Path(given.text), self.source, given.samples, longest)
             model.calibrations, model.scratch = self.calibrations, self.scratch
         return model
 

@@ -29,6 +29,8 @@ RUNTIME_BYTES = 64 << 20
 NODE_FILE_BYTES = 160
 RECORD_BYTES = 32 << 10
 FP32 = 4
+# Bytes for each pair of inputs of the widest product while it is calibrated: four matrices in float64, as GPTQ factors them.
+MOMENT_COPIES = 32
 # Pieces of weights: what is read, cast, quantized and packed of one at a time.
 PIECE_COPIES = 4
 # A block's weights as the runtime lays them out, and unpacked in float32, of 4 bits each.
@@ -149,7 +151,7 @@ def sizes(model: TracedModel, beside: int = 0) -> dict[str, Any]:
     """
     unique = {id(weight): (name, weight) for name, weight in model.weights.entries.items()}.values()
     elements = {name: math.prod(weight.shape) for name, weight in unique}
-    weights = model.weights.nbytes()
+    weights = model.weights.nbytes() - _halved(model)
     nodes = len(model.graph.nodes)
     artifact = weights + beside + NODE_FILE_BYTES * nodes + RECORD_BYTES
     return {
@@ -160,6 +162,13 @@ def sizes(model: TracedModel, beside: int = 0) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory(model),
         **(_decoding(model, weights) if model.states else {}),
     }
+
+
+def _halved(model: TracedModel) -> int:
+    """Return the bytes that integers of 4 bits save when they are written, two in one."""
+    from calque.traced import four_bit_parameters
+
+    return sum(math.prod(model.weights[name].shape) for name in four_bit_parameters(model)) // 2
 
 
 def peak_memory(model: TracedModel) -> dict[str, int]:
@@ -173,10 +182,20 @@ def peak_memory(model: TracedModel) -> dict[str, int]:
     runs = tools + RUNTIME_BYTES + 2 * PROOF_ROWS * cache_bytes(model)
     answers = ANSWER_COPIES * PROOF_POSITIONS * FP32 * max((s for o in model.outputs if isinstance(s := o.shape[-1], int)), default=0)
     return {
-        "convert": tools + max(3 * whole, PIECE_COPIES * PIECE_BYTES),
+        "convert": tools + max(3 * whole, PIECE_COPIES * PIECE_BYTES) + _calibration_bytes(model),
         "prove": runs + 2 * _wide_bytes(model),
         "prove_by_blocks": runs + answers + max(3 * whole, PIECE_COPIES * PIECE_BYTES, BLOCK_COPIES * smallest_block(model)),
     }
+
+
+def _calibration_bytes(model: TracedModel) -> int:
+    """Return what measuring the model on its rows of text takes: the rows, before and after a layer, its weights, its second moments."""
+    widths = [weight.shape[-1] for weight in model.replaced.values()]
+    if not model.samples or not widths:
+        return 0
+    rows = 2 * sum(map(len, model.samples)) * min(widths) * FP32
+    layer = sum(math.prod(weight.shape) for weight in model.replaced.values()) // max(model.layers, 1) * FP32
+    return rows + layer + MOMENT_COPIES * max(widths) ** 2
 
 
 def smallest_block(model: TracedModel) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from calque.facts import layers_of
+from calque.facts import HEAD, layers_of
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -64,10 +64,12 @@ class Layers:
     _now: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        layers = layers_of(self.traced)
+        layers, (replaced, planned) = layers_of(self.traced), self._at(PLANNED)
+        whole = {layers[name] for name in replaced if name in planned}
         self.names: dict[str, list[str]] = {}
-        for name in self.replaced(PLANNED):
-            self.names.setdefault(layers[name], []).append(name)
+        for name in replaced:
+            # A last norm that takes the head's scales back has no weights of its own that are integers, and goes with the head.
+            self.names.setdefault(layers[name] if layers[name] in whole else HEAD, []).append(name)
         self.parameters = {
             layer: sum({id(self.traced.weights[name]): math.prod(self.traced.weights[name].shape) for name in names}.values())
             for layer, names in self.names.items()
@@ -128,6 +130,16 @@ class Layers:
         self.hold(found.levels)
         matched, of = self.baseline.greedy(continuing(self.answer))
         return replace(found, quality=replace(found.quality, greedy_matched=matched, greedy_tokens=of))
+
+    def as_written(self, found: Found, model: TracedModel) -> Found:
+        """Return what was found, judged anew with the weights of a model whose passes were told of the promotions."""
+        from calque.validation.eager import with_weights
+        from calque.validation.quality import continuing
+
+        self.hold({})
+        with_weights(self.eager, model.replaced)
+        matched, of = self.baseline.greedy(continuing(self.answer))
+        return replace(found, quality=replace(self.baseline.compare(self.answer), greedy_matched=matched, greedy_tokens=of))
 
     def promotable(self, levels: Levels, to: int) -> list[str]:
         """Return the layers of which some weight has more bits at the level ``to``."""

@@ -95,8 +95,10 @@ class QualityGate:
                 self.found = layers.continued(self.found)
         if not good:
             with stages("promote"):
-                self.found = layers.continued(promote(layers, self.found, parity.max_kl or 0.0))
+                self.found = promote(layers, self.found, parity.max_kl or 0.0)
                 conversion.promoted = overrides(layers, self.found.levels)
+                # Judged again as the passes make it: a calibrated method rounds a layer by what those before it give.
+                self.found = layers.as_written(self.found, conversion.quantized(model, conversion.promoted))
 
     def _fits(self, model: TracedModel) -> bool:
         """Return whether the eager model fits into the memory allowed; if not, nothing is asked, and the report says so.
@@ -132,7 +134,7 @@ class QualityGate:
             rows = scenarios.pool_rows(tokens, config.vocab_size, self.conversion.special_tokens)
         else:
             most = KEPT_BYTES // each if model.states else MOST_ENCODED
-            rows = texts.token_rows(source.folder, self.scratch, self.text, longest, most, source.trust_remote_code)
+            rows = texts.token_rows(source.folder, self.text, longest, most, source.trust_remote_code)
         return rows
 
     def _keep(self, model: TracedModel, eager: Module, rows: Sequence[Row]) -> Baseline:
@@ -189,6 +191,8 @@ class QualityGate:
         parity, lines = self.conversion.recipe.parity, []
         assert self.found is not None
         weights, artifact = self.found.quality.kl_mean, self.artifact_quality.kl_mean if self.artifact_quality else None
+        if self.artifact_quality and self.artifact_quality.positions != self.found.quality.positions:
+            artifact = None  # one that gives the last logits alone is judged on too few positions
         if parity.max_kl is not None and weights is not None and weights > parity.max_kl:
             lines.append(f"quality: {WEIGHTS}: mean KL {weights:.3g} nats, max_kl is {parity.max_kl:g}, and nothing is left to promote")
         elif parity.max_kl is not None and artifact is not None and artifact > parity.max_kl:

@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from calque.choices import MOST_THREADS, NARROW, Layout, Logits, Precision, Requirement
+from calque.choices import MOST_THREADS, NARROW, QUANTIZED, Layout, Logits, Precision, Requirement
 from calque.recipe_errors import Origin, Problem, problems_besides, problems_of, recipe_error
 from calque.strict_yaml import read_document
 
@@ -278,7 +278,7 @@ class Recipe(_Settings):
         given = {name: getattr(self, name) for name in self.model_fields_set - {"matrix", "schema_version"}}
         axes = {axis: cells for axis in _AXES if (cells := getattr(self.matrix, axis))}
         chosen = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
-        return [Recipe(**{**given, **values}) for values in chosen]
+        return [Recipe(**_cell(given, values)) for values in chosen]
 
     def as_manifest(self) -> dict[str, Any]:
         """Return the recipe as manifest.json records it: defaults written out, no paths, no settings of the machine."""
@@ -289,6 +289,16 @@ class Recipe(_Settings):
         if self.parity.text:
             data["parity"]["text"] = Path(self.parity.text).name
         return data
+
+
+def _cell(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of one cell; where the matrix names precisions, those that round nothing are told nothing of rounding."""
+    settings = {**given, **values}
+    if "precision" in values and values["precision"] not in QUANTIZED:
+        settings.pop("calibration", None)
+        if "options" in settings:
+            settings["options"] = {key: value for key, value in settings["options"].items() if not key.startswith("quantize_")}
+    return settings
 
 
 LookUp = Callable[[Recipe], Iterable[Problem]]

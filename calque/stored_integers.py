@@ -13,14 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from calque.quantization import PIECE, SHORTEST_GROUP, Quantized, QuantizedWeight, Scheme
+from calque.quantization import LONGEST_GROUP, PIECE, SHORTEST_GROUP, Quantized, QuantizedWeight, Scheme
 from calque.weights import Derived, Stored, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# The longest group that runtimes have kernels for. Source: MatMulNBits of onnxruntime@1.31.
-LONGEST_GROUP = 256
 
 # What becomes of a weight that a checkpoint holds in another form, as the report says it.
 NUMBERS = "dequantized, the artifact holds numbers"

@@ -309,6 +309,14 @@ def user_nodes(nodes: Iterable[Node], target: Any) -> list[Node]:
     return [node for node in nodes if node.op == "call_function" and node.target is target]
 
 
+def four_bit_parameters(model: TracedModel) -> set[str]:
+    """Return the names of parameters, int8 on the graph, that targets store as integers of 4 bits."""
+    names = {node: name for name, node in model.parameters().items()}
+    targets = (torch.ops.calque.dequantize_weight.default, torch.ops.calque.dequantize_linear.default)
+    nodes = [node for target in targets for node in user_nodes(model.graph.nodes, target) if node.args[3] == 4]
+    return {names[part] for node in nodes for part in (node.args[0], node.args[2]) if part in names}  # type: ignore[index]
+
+
 def call(graph: torch.fx.Graph, target: Any, *args: Any, **keywords: Any) -> Node:
     """Return a new node at the graph's insertion point that calls ``target``; it stands where its first argument does.
 

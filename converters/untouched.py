@@ -37,4 +37,4 @@ def untouched(source: ModelSource) -> tuple[PreTrainedModel, dict[str, Weight]]:
     model: PreTrainedModel = made.eval().requires_grad_(False)
     if type(model)._can_set_experts_implementation():
         model.set_experts_implementation("eager")
-    return model, weight_table(model, source.tensors, source.id).entries
+    return model, weight_table(model, source.weights, source.id).entries

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from calque.traced import TracedModel
 
 
+# The passes that a precision asks for, and the options of each that it decides.
+STORING = {"cast_precision": ("dtype", "arithmetic"), "quantize_activations": ("mode",), "quantize_weights": ("bits",)}
+
+
 @dataclass(frozen=True)
 class Rewrites:
     """How many places a pass rewrote, and which it left alone for what reason."""
@@ -214,10 +218,16 @@ def check_precision(precision: str, listed: Sequence[Pass], wanted: Sequence[Pas
     Raises:
         UsageError: weights would be of another type than the manifest says.
     """
-    listed, wanted = ([rewrite for rewrite in plan if name_of(rewrite) == "cast_precision"] for plan in (listed, wanted))
-    if listed != wanted:
-        asked = ", ".join(str(rewrite) for rewrite in wanted) or "no cast_precision"
+    if list(_storing(listed)) != list(_storing(wanted)):
+        asked = ", ".join(_storing(wanted)) or f"no {', '.join(STORING)}"
         raise UsageError(f"precision: {precision} and the list of passes disagree", fix=f"its list takes {asked}")
+
+
+def _storing(plan: Sequence[Pass]) -> Iterator[str]:
+    """Yield what each pass stores weights or activations as, as far as that is the precision's to say."""
+    for rewrite in plan:
+        if (name := name_of(rewrite)) in STORING:
+            yield f"{name} with {', '.join(f'{option}: {getattr(rewrite, option)}' for option in STORING[name])}"
 
 
 def run(plan: Sequence[Pass], model: TracedModel) -> dict[str, int]:

@@ -111,14 +111,18 @@ class QuantizeActivations:
     def _measured(self, model: TracedModel, names: set[str]) -> dict[str, ActivationRange]:
         if not model.samples:
             raise UsageError("static ranges of activations are measured on text, and none is given", fix="name one with --calibration FILE")
-        ranges = {name: ActivationRange() for name in names}
+        key = ("ranges", frozenset(names), model.samples)
+        if key not in model.calibrations:
+            ranges = {name: ActivationRange() for name in names}
 
-        def add(name: str, x: torch.Tensor) -> None:
-            if name in ranges:
-                ranges[name].add(x)
+            def add(name: str, x: torch.Tensor) -> None:
+                if name in ranges:
+                    ranges[name].add(x)
 
-        observe(model, model.samples, add)
-        return ranges
+            observe(model, model.samples, add)
+            model.calibrations[key] = ranges
+        measured: dict[str, ActivationRange] = model.calibrations[key]
+        return measured
 
     def _rounding(self, name: str, ranges: dict[str, ActivationRange]) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return what rounds a value as the nodes do."""

@@ -37,7 +37,7 @@ from calque.errors import UsageError
 from calque.passes import Rewrites
 from calque.patterns import aten
 from calque.products import Reading, products_behind, readings
-from calque.quantization import SHORTEST_GROUP, Part, QuantizedWeight, Scheme, quantize, round_blocks
+from calque.quantization import SHORTEST_GROUP, Part, QuantizedWeight, Scheme, round_blocks
 from calque.stored_integers import KEPT, Dequantized, KeptWeight, anew
 from calque.traced import call, user_nodes
 from calque.weights import Derived, Weight
@@ -62,11 +62,11 @@ class QuantizeWeights:
 
     ``search``: narrower ranges are tried as well. ``embedding``, ``head``: what tables and the last product are stored as; where
     both are one weight, ``head`` says. ``router``: products that choose experts. ``overrides``: what the weights are stored as
-    whose names fit a pattern, the first that does. ``method``: ``nearest`` rounds to nearest; ``awq`` and ``gptq`` measure the model on
-    text first. ``auto`` is nearest without such text, and gptq with it: at int4 in groups of 32 the built-in model's perplexity grows by
-    0.48 % with gptq, 0.99 % with awq, 0.96 % with nearest (benchmarks/quantization/methods.md). Tables, and weights that several
-    products read, are rounded to nearest. ``stored``: which integers of a quantized checkpoint are kept as they are; others are
-    dequantized and quantized anew.
+    whose names fit a pattern, the first that does. ``method``: ``nearest`` rounds to nearest; ``awq`` and ``gptq`` measure the
+    model on text first. ``auto`` is nearest at 8 bits or without such text, else gptq: at int4 in groups of 32 the built-in model's
+    perplexity grows by 0.48 % with gptq, 0.99 % with awq, 0.96 % with nearest (benchmarks/quantization/methods.md). Tables, and
+    weights that several products read, are rounded to nearest. ``stored``: which integers of a quantized checkpoint are kept as
+    they are; others are dequantized and quantized anew.
     """
 
     bits: Literal[4, 8] = 4
@@ -110,11 +110,11 @@ class QuantizeWeights:
         calibration, measured = self._calibration(model, planned)
         for owners, read, scheme in planned:
             (name, weight) = owners[0]
-            stored, make = model.weights[name], partial(quantize, scheme=scheme)
-            if calibration and weight in measured:
-                make = partial(calibration.quantized, measured[weight])
+            stored = model.weights[name]
             laid = read.rows(_as_stored(stored))
-            made = KeptWeight.of(laid) if _is_kept(laid, scheme) else QuantizedWeight(laid, scheme, make)
+            made = KeptWeight.of(laid) if _is_kept(laid, scheme) else QuantizedWeight.nearest(laid, scheme)
+            if calibration and weight in measured:
+                made = QuantizedWeight(laid, scheme, partial(calibration.quantized, measured[weight]))
             parts = {part: model.add_parameter(f"{name}.{part}", held, like=weight) for part, held in made.parts().items()}
             for owner, node in owners:
                 _replace(model, node, parts, scheme, read)
@@ -130,7 +130,8 @@ class QuantizeWeights:
 
     def _calibration(self, model: TracedModel, planned: list[Planned]) -> tuple[Calibration | None, dict[Node, str]]:
         """Return what gives calibrated integers, and the names it knows weights by that one product alone reads."""
-        method = CALIBRATED if self.method == "auto" and model.samples else self.method
+        # Of 8 bits no method is better than rounding to nearest, and int8 has the same integers whatever activations are.
+        method = CALIBRATED if self.method == "auto" and self.bits == 4 and model.samples else self.method
         if method not in ("awq", "gptq"):
             return None, {}
         alone = [(owners[0], read, scheme) for owners, read, scheme in planned if len(owners) == 1 and len(owners[0][1].users) == 1]

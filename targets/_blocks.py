@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 
 from calque.memory import trim
 from calque.runtime.onnxruntime_session import OnnxRuntimeSession
-from calque.targets._exact import LEVEL
+from calque.targets._exact import LEVEL_SETTING, switched_off, without_rounding
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -92,7 +93,10 @@ class BlockSession(OnnxRuntimeSession):
         folder = (self.artifact.folder / self._spec(next(iter(self.artifact.graphs))).file).parent
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder))
         data = _extracted(model, block, values[0]).SerializeToString()
-        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        if self.exact:
+            options.add_session_config_entry(LEVEL_SETTING, "0")
+        with switched_off() if self.exact else nullcontext():
+            session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         for held in values:
             given = {name: np.ascontiguousarray(held[name]) for name in block.reads}
             held.update(zip(block.gives, session.run(list(block.gives), given), strict=True))
@@ -107,12 +111,10 @@ class BlockSession(OnnxRuntimeSession):
 
 
 def opened(path: Path, exact: bool) -> ModelProto:
-    """Return the graph of the file, its weights left where they are; ``exact``: without levels of accuracy."""
+    """Return the graph of the file, its weights left where they are; ``exact``: without rounding."""
     model = onnx.load(path, load_external_data=False)
-    for node in model.graph.node if exact else ():
-        kept = [attribute for attribute in node.attribute if attribute.name != LEVEL]
-        del node.attribute[:]
-        node.attribute.extend(kept)
+    if exact:
+        without_rounding(model)
     return model
 
 

@@ -91,7 +91,7 @@ def grouped_attention(
 
 
 def packed_linear(x: Any, packed: Any, scale: Any, zero_point: Any, bias: Any, bits: int, group: int, size: int) -> Any:
-    """Return ``MatMulNBits``, which by itself computes with what it is given; see ``targets/_activations.py`` for the other way."""
+    """Return ``MatMulNBits``, which by itself computes with what it is given; the target adds its level."""
     out = packed.shape[0]
     return contrib("MatMulNBits", [x, packed, scale, zero_point, None, bias], bits=bits, block_size=group, K=size, N=out)
 

@@ -41,7 +41,7 @@ class ExactSession(OnnxRuntimeSession):
 
     def opened(self, graph: str) -> Any:
         """Return ONNX Runtime's session of ``graph``, whose experts round nothing either."""
-        with _switched_off():
+        with switched_off():
             return super().opened(graph)
 
     def model(self, path: Path) -> str | bytes:
@@ -131,7 +131,7 @@ class _Exact:
 
 
 @contextmanager
-def _switched_off() -> Iterator[None]:
+def switched_off() -> Iterator[None]:
     """Keep experts from kernels that round, for sessions that are made inside the block."""
     before = os.environ.get(SWITCH)
     os.environ[SWITCH] = "0"

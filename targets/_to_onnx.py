@@ -22,7 +22,7 @@ from torch.fx import Node
 from calque.errors import Unsupported
 from calque.targets import Problem
 from calque.targets._standard import SLOTS, SLOTS_OPSET, STANDARD, Table
-from calque.traced import TracedModel, source_of, user_nodes
+from calque.traced import TracedModel, four_bit_parameters, source_of
 from calque.weights import Weight, pieces, torch_dtype_name
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def _quiet() -> Iterator[None]:
 def _bind_weights(lowered: ir.Model, model: TracedModel) -> None:
     """Make every initializer read its bytes from the weight table when it is written; tied names become one."""
     first: dict[int, ir.Value] = {}
-    narrow = _of_four_bits(model)
+    narrow = four_bit_parameters(model)
     for name, value in list(lowered.graph.initializers.items()):
         if name not in model.weights:
             continue
@@ -200,14 +200,6 @@ def _bind_weights(lowered: ir.Model, model: TracedModel) -> None:
         first[id(weight)] = value
         value.const_value = _InPieces(name, weight, ir.DataType.INT4 if name in narrow else ir.DataType[DTYPES[torch_dtype_name(weight)]])
         value.dtype = value.const_value.dtype
-
-
-def _of_four_bits(model: TracedModel) -> set[str]:
-    """Return the names of parameters, int8 on the graph, that are stored as integers of 4 bits."""
-    names = {node: name for name, node in model.parameters().items()}
-    targets = (torch.ops.calque.dequantize_weight.default, torch.ops.calque.dequantize_linear.default)
-    nodes = [node for target in targets for node in user_nodes(model.graph.nodes, target) if node.args[3] == 4]
-    return {names[part] for node in nodes for part in (node.args[0], node.args[2]) if part in names}  # type: ignore[index]
 
 
 class _InPieces(ir.LazyTensor):

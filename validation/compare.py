@@ -32,6 +32,8 @@ STEP = 64
 SESSION_FAILED = "the session failed"
 # The row of the table of limits for mixtures of experts, whose tokens rounding sends elsewhere.
 EXPERTS = "int8 with experts"
+# And how far they may be in the mean, in σ: a tenth was measured, an answer that has nothing to do with the model is 0.8 and more.
+MEAN_OF_EXPERTS = 0.4
 # How the name of a row ends whose session rounds no activations, where the artifact itself does.
 EXACT = ", activations exact"
 
@@ -117,6 +119,17 @@ def bounds(io: ModelIO, references: Mapping[str, Reference] | None) -> tuple[flo
     return max(noise, rounding), max(limit, FACTOR * rounding)
 
 
+def _far_in_the_mean(met: Comparison, limit: float) -> list[str]:
+    mean = met.total / max(met.elements, 1)
+    return [f"values are {mean:.1e} σ off in the mean, limit {limit:.1e} σ"] if mean > limit else []
+
+
+def mean_limit(io: ModelIO, references: Mapping[str, Reference]) -> float:
+    """Return the mean difference, in σ, from which on rounded activations do not explain it."""
+    rounding = FACTOR * max(reference.mean_rounding for reference in references.values())
+    return max(rounding, MEAN_OF_EXPERTS) if io.routed else rounding
+
+
 def compare(session: Session, io: ModelIO, scenario: Scenario, references: Mapping[str, Reference] | None) -> Row:
     """Return how the session did: ``status`` passed, failed or not_run, with the figures and the first fault as reason.
 
@@ -150,6 +163,7 @@ def compare(session: Session, io: ModelIO, scenario: Scenario, references: Mappi
         met.faults.append(f"{SESSION_FAILED}: {type(error).__name__}: {error}".replace("\n", " "))
     if not met.positions and not met.faults:
         met.faults.append("no valid position was reached")
+    met.faults += [] if met.faults or not io.rounded else _far_in_the_mean(met, mean_limit(io, references))
     reason = met.faults[0] if met.faults else None
     return _result(scenario, met, "failed" if met.faults else "passed", reason, time.perf_counter() - begun, met.limit)
 

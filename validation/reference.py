@@ -70,13 +70,14 @@ class Reference:
 
     ``columns``: which of its last axis (of logits: the vocabulary) ``values`` hold, None meaning all. ``sigmas``: per row,
     the standard deviation of all its values. ``tables``: per row and side of ``recompute_at``. ``rounding``: how far, in σ,
-    8 bits for what products read moved a value of it; 0 where that was not asked for.
+    8 bits for what products read moved a value of it at most, and ``mean_rounding`` in the mean; 0 where that was not asked for.
     """
 
     columns: NDArray[np.int64] | None
     sigmas: tuple[float, ...]
     tables: Mapping[Key, Table]
     rounding: float = 0.0
+    mean_rounding: float = 0.0
 
 
 def needed(scenario: Scenario) -> dict[Key, NDArray[np.int64]]:
@@ -151,11 +152,11 @@ def _forward_pool(
     expected: Callable[[Outputs], Outputs],
     scratch: Path,
     rounding: Mapping[str, Rounding],
-) -> tuple[dict[PoolKey, dict[str, Table]], dict[PoolKey, dict[str, float]]]:
+) -> tuple[dict[PoolKey, dict[str, Table]], dict[PoolKey, dict[str, tuple[float, float]]]]:
     """Return the eager model's answer to each pool row, by output, values mapped from ``scratch``; and how far rounding moves it."""
     model = load_eager().eval()
     measured: dict[PoolKey, dict[str, Table]] = {}
-    moved: dict[PoolKey, dict[str, float]] = {}
+    moved: dict[PoolKey, dict[str, tuple[float, float]]] = {}
     for (row, beyond, length), tokens in sorted(pool.items()):
         outputs = expected(eager_outputs(model, tokens, io.inputs))
         if missing := [spec.name for spec in io.outputs if spec.name not in outputs]:
@@ -169,8 +170,14 @@ def _forward_pool(
         if rounding:
             with rounded_activations(model, rounding):
                 rounded = expected(eager_outputs(model, tokens, io.inputs))
-            moved[row, beyond, length] = {spec.name: float(np.abs(rounded[spec.name] - outputs[spec.name]).max()) for spec in io.outputs}
+            moved[row, beyond, length] = {spec.name: _moved(rounded[spec.name], outputs[spec.name]) for spec in io.outputs}
     return measured, moved
+
+
+def _moved(rounded: NDArray[np.float32], exact: NDArray[np.float32]) -> tuple[float, float]:
+    """Return the largest and the mean difference."""
+    delta = np.abs(rounded - exact)
+    return float(delta.max()), float(delta.mean(dtype=np.float64))
 
 
 def _table(array: NDArray[np.float32], spec: TensorSpec, path: Path, tokens: int) -> Table:
@@ -203,7 +210,7 @@ def _leaders(logits: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np
 
 
 def _gather(
-    scenario: Scenario, io: ModelIO, measured: Mapping[PoolKey, dict[str, Table]], moved: Mapping[PoolKey, dict[str, float]]
+    scenario: Scenario, io: ModelIO, measured: Mapping[PoolKey, dict[str, Table]], moved: Mapping[PoolKey, dict[str, tuple[float, float]]]
 ) -> dict[str, Reference]:
     return {spec.name: _gather_one(scenario, spec, io, measured, moved) for spec in io.outputs}
 
@@ -213,7 +220,7 @@ def _gather_one(
     spec: TensorSpec,
     io: ModelIO,
     measured: Mapping[PoolKey, dict[str, Table]],
-    moved: Mapping[PoolKey, dict[str, float]],
+    moved: Mapping[PoolKey, dict[str, tuple[float, float]]],
 ) -> Reference:
     found = needed(scenario)
     lengths = {key: 0 if io.states else int(positions[-1]) + 1 for key, positions in found.items()}
@@ -221,12 +228,13 @@ def _gather_one(
     if not io.states:
         # A text may have as little as one value: what is spread is measured over all texts.
         spread = _sigma([outputs[spec.name] for outputs in measured.values()])
-        far = max((outputs[spec.name] for outputs in moved.values()), default=0.0)
-        return Reference(None, (spread,) * len(scenario.prompts), tables, far / spread)
+        far, mean = np.array([(0.0, 0.0), *(outputs[spec.name] for outputs in moved.values())]).max(axis=0) / spread
+        return Reference(None, (spread,) * len(scenario.prompts), tables, float(far), float(mean))
     rows = range(len(scenario.prompts))
     sigmas = tuple(_sigma([tables[key].at(positions) for key, positions in found.items() if key[0] == row]) for row in rows)
-    farthest = max((moved[*key, lengths[key]][spec.name] / sigmas[key[0]] for key in found if moved), default=0.0)
-    return Reference(None, sigmas, tables, farthest)
+    each = [np.array(moved[*key, lengths[key]][spec.name]) / sigmas[key[0]] for key in found if moved]
+    far, mean = np.array([np.zeros(2), *each]).max(axis=0)
+    return Reference(None, sigmas, tables, float(far), float(mean))
 
 
 def _sigma(tables: Sequence[Table]) -> float:
@@ -285,7 +293,7 @@ def _arrays(scenario: Scenario, reference: Reference, columns: NDArray[np.int64]
     chosen = slice(None) if columns is None else columns
     return {
         "sigmas": np.array(reference.sigmas, dtype=np.float64),
-        "rounding": np.array(reference.rounding, dtype=np.float64),
+        "rounding": np.array([reference.rounding, reference.mean_rounding], dtype=np.float64),
         "columns": np.array([] if columns is None else columns, dtype=np.int32),
         "row": np.concatenate([np.full(len(t.positions), key[0], np.int16) for key, t in parts] or [np.zeros(0, np.int16)]),
         "beyond": np.concatenate([np.full(len(t.positions), key[1], np.bool_) for key, t in parts] or [np.zeros(0, np.bool_)]),
@@ -340,4 +348,4 @@ def _reference(data: Mapping[str, NDArray[Any]]) -> Reference:
             data["position"][part].astype(np.int64), data["values"][part], data["top"][part].astype(np.int64), data["margin"][part]
         )
     columns = data["columns"].astype(np.int64) if len(data["columns"]) else None
-    return Reference(columns, tuple(data["sigmas"].tolist()), tables, float(data.get("rounding", 0.0)))
+    return Reference(columns, tuple(data["sigmas"].tolist()), tables, *data["rounding"].tolist())

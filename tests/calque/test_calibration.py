@@ -11,12 +11,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 from calque.calibration import Moments, Stream, observe, products_of
-from calque.calibration_text import read_rows
 from calque.conversion import Conversion, open_target, resolve
 from calque.converters import encoder
-from calque.errors import SourceUnreadable
+from calque.errors import SourceUnreadable, UsageError
 from calque.recipe import Recipe
 from calque.source import ModelSource
+from calque.texts import spread_rows
 from calque.weights import Stored
 from tests.tiny_encoders import save_encoder
 from tests.tiny_models import TINY, save_random, source_of, traced
@@ -126,41 +126,46 @@ def text_of(path: Path, count: int) -> Path:
 
 def test_rows_begin_as_the_tokenizer_begins_a_text_and_spread_over_it(source: ModelSource, tmp_path: Path) -> None:
     text = text_of(tmp_path / "text", 100)
-    found = read_rows(text, source, 3, longest=11)
+    found = spread_rows(text, source, 3, longest=11)
     assert [len(row) for row in found] == [11, 11, 11]
     assert [row[0] for row in found] == [1, 1, 1]
     # Ten words a row: of ten rows that the text has, the first, the fourth and the seventh.
     assert [row[1] for row in found] == [3 + start % 57 for start in (0, 30, 60)]
-    assert found == read_rows(text, source, 3, longest=11)
+    assert found == spread_rows(text, source, 3, longest=11)
 
 
 def test_a_text_of_fewer_rows_than_asked_for_gives_those_it_has(source: ModelSource, tmp_path: Path) -> None:
-    assert len(read_rows(text_of(tmp_path / "text", 600), source, 128, None)) == 2
+    assert len(spread_rows(text_of(tmp_path / "text", 600), source, 128, None)) == 2
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "cannot be read"), (b"\xff\xfe", "byte 0 is 0xff"), (b"", "0 tokens"), (b"w3 w4", "too short to calibrate on: 2 tokens")],
+    [
+        (None, "cannot be read"),
+        (b"\xff\xfe", "is no text: .* at byte 0"),
+        (b"", "0 tokens"),
+        (b"w3 w4", "too short to calibrate on: 2 tokens"),
+    ],
 )
 def test_a_text_that_cannot_be_used_is_named_with_the_reason(source: ModelSource, tmp_path: Path, content: bytes | None, said: str) -> None:
     file = tmp_path / "text"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(SourceUnreadable, match=said) as caught:
-        read_rows(file, source, 8, None)
-    assert caught.value.exit_code == 7
+    with pytest.raises(UsageError, match=said) as caught:
+        spread_rows(file, source, 8, None)
+    assert caught.value.exit_code == 2
     assert str(file) in caught.value.what
 
 
 def test_a_model_without_a_tokenizer_cannot_be_calibrated_on_text(tmp_path: Path) -> None:
-    with pytest.raises(SourceUnreadable, match="has no tokenizer"):
-        read_rows(text_of(tmp_path / "text", 600), source_of("llama"), 8, None)
+    with pytest.raises(UsageError, match="has no tokenizer"):
+        spread_rows(text_of(tmp_path / "text", 600), source_of("llama"), 8, None)
 
 
 def test_tokens_that_the_model_does_not_know_are_refused(source: ModelSource, tmp_path: Path) -> None:
     source.config.vocab_size = 40
     with pytest.raises(SourceUnreadable, match=r"gives token 59, the model of .* knows 40"):
-        read_rows(text_of(tmp_path / "text", 600), source, 8, None)
+        spread_rows(text_of(tmp_path / "text", 600), source, 8, None)
 
 
 def test_the_trace_of_a_recipe_with_a_text_has_its_rows(source: ModelSource, tmp_path: Path) -> None:

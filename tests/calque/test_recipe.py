@@ -280,3 +280,12 @@ def test_the_json_schema_knows_every_key() -> None:
 def test_the_documentation_lists_every_key() -> None:
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert [key for key in Recipe.model_json_schema()["properties"] if f"`{key}`" not in text] == []
+
+
+def test_cells_of_a_matrix_that_round_nothing_are_told_nothing_of_rounding() -> None:
+    settings = {"calibration": {"text": "a.txt"}, "options": {"padding": "right", "quantize_weights.group": 64}}
+    cells = Recipe(model="m", target="onnxruntime", matrix={"precision": ["fp16", "int4"]}, **settings).expand()  # type: ignore[arg-type]
+    wide, narrow = cells["m-onnxruntime-fp16"], cells["m-onnxruntime-int4"]
+    assert (wide.calibration, wide.options) == (None, {"padding": "right"})
+    assert narrow.calibration is not None
+    assert narrow.options == settings["options"]

@@ -15,6 +15,7 @@ from calque.passes.cache_dynamic import CacheDynamic
 from calque.passes.cache_static import CacheStatic
 from calque.passes.keep_last_logits import KeepLastLogits
 from calque.passes.transpose_linear import TransposeLinear
+from calque.targets.onnxruntime import OnnxRuntime
 from calque.traced import TracedModel
 from tests.passes.check_pass import ROUNDING
 from tests.tiny_models import answers, prompt, traced
@@ -115,3 +116,22 @@ def test_passes_keep_the_last_logits_in_any_order(plan: list[Pass], name: str) -
     passes.run(plan, model)
     got = answers(model, inputs)["logits"]
     assert abs(got - expected).max() <= ROUNDING * expected.std()
+
+
+@pytest.mark.parametrize(
+    ("precision", "listed"),
+    [
+        ("int4", []),
+        ("fp32", ["quantize_weights", "cache_dynamic", "pack_weights"]),
+        ("int4", [{"quantize_weights": {"bits": 8}}, "cache_dynamic", "pack_weights"]),
+        ("int8-static", [{"quantize_weights": {"bits": 8, "group": 0}}, "cache_dynamic", "lay_out_integers"]),
+    ],
+)
+def test_a_list_that_stores_weights_otherwise_than_the_precision_says_is_refused(precision: str, listed: list[Any]) -> None:
+    with pytest.raises(UsageError, match=f"precision: {precision} and the list of passes disagree"):
+        passes.check_precision(precision, passes.read_plan(listed), OnnxRuntime().passes(precision))
+
+
+def test_a_list_may_choose_the_group_of_its_precision() -> None:
+    plan = passes.read_plan([{"quantize_weights": {"bits": 4, "group": 64}}, "cache_dynamic", "pack_weights"])
+    passes.check_precision("int4", plan, OnnxRuntime().passes("int4"))

@@ -17,6 +17,8 @@ from calque.calibration import Moments
 from calque.converters import causal_lm
 from calque.errors import UsageError
 from calque.gptq import gptq
+from calque.passes.cache_dynamic import CacheDynamic
+from calque.passes.pack_weights import PackWeights
 from calque.passes.quantize_weights import QuantizeWeights
 from calque.quantization import Quantized, QuantizedWeight, Scheme, dequantize, quantize
 from calque.source import ModelSource
@@ -296,3 +298,11 @@ def test_integers_are_made_anew_or_kept_but_scales_belong_to_them() -> None:
     assert made.zero_point is not None
     for name in ("scale", "q", "zero_point", "scale"):
         assert torch.equal(parts[name].read(), getattr(made, name))
+
+
+def test_weights_that_are_rounded_to_nearest_are_made_some_rows_at_a_time() -> None:
+    """As one block of memory after the other: neither integers nor what they stand for need the whole weight."""
+    model = traced("llama")
+    passes.run([QuantizeWeights(group=16), CacheDynamic(), PackWeights()], model)
+    assert [name for name, weight in model.weights.entries.items() if name.endswith(".packed") and not weight.by_rows] == []
+    assert [name for name, weight in model.replaced.items() if not weight.by_rows] == []
