@@ -66,9 +66,9 @@ def open_target(recipe: Recipe) -> Target:
     if not recipe.calibration and (asking := [passes.name_of(rewrite) for rewrite in plan if passes.calibrated(rewrite)]):
         raise UsageError(f"{', '.join(asking)} measures on text, and none is given", fix="name a file of text with --calibration FILE")
     if recipe.passes is not None:
-        passes.check_precision(recipe.precision, passes.read_plan(recipe.passes), target.passes(recipe.precision))
         if silent := targets.deciding_passes(recipe.target, recipe.options, recipe.precision):
             raise UsageError("options that choose passes do nothing beside a list of passes", silent, "leave one of the two out")
+        passes.check_precision(recipe.precision, passes.read_plan(recipe.passes), target.passes(recipe.precision))
     return target
 
 

@@ -219,7 +219,8 @@ def check_precision(precision: str, listed: Sequence[Pass], wanted: Sequence[Pas
         UsageError: weights would be of another type than the manifest says.
     """
     if list(_storing(listed)) != list(_storing(wanted)):
-        asked = ", ".join(_storing(wanted)) or f"no {', '.join(STORING)}"
+        unwanted = dict.fromkeys(name for rewrite in listed if (name := name_of(rewrite)) in STORING)
+        asked = ", ".join(_storing(wanted)) or f"no {', '.join(unwanted)}"
         raise UsageError(f"precision: {precision} and the list of passes disagree", fix=f"its list takes {asked}")
 
 

@@ -10,7 +10,7 @@ from tests.mutations.quantized import FAULTS, PLANS, broken, zero_points_ignored
 from tests.quantized import Integers, calibrated, integers, planned
 from tests.tiny_models import traced
 
-MODELS = ("llama", "qwen3", "gemma2", "gpt2")
+MODELS = ("llama", pytest.param("qwen3", marks=pytest.mark.slow), pytest.param("gemma2", marks=pytest.mark.slow), "gpt2")
 
 
 def caught(made: Integers, session: object) -> bool:

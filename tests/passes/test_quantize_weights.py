@@ -52,7 +52,9 @@ def eager_logits(source: ModelSource, model: TracedModel, inputs: dict[str, Any]
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3", "mixtral", "phi3", "bloom"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "mixtral", "phi3", "bloom"))]
+)
 def test_the_graph_computes_what_eager_does_with_the_replaced_weights(name: str, method: Any) -> None:
     model = calibrated(name)
     done = passes.run_one(QuantizeWeights(method=method, group=16), model)

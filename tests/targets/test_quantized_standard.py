@@ -50,7 +50,7 @@ def worst(artifact: Artifact) -> tuple[float, float]:
     return tuple(max(figure for exact, figure in told if exact == which) for which in (True, False))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "gpt2"))])
 @pytest.mark.parametrize(
     ("precision", "options"), [("int4", STANDARD), ("int8", STANDARD), ("int8", DYNAMIC), ("int8", STANDARD | DYNAMIC)], ids=str
 )
@@ -66,7 +66,7 @@ def test_artifact_passes_the_gate_with_rounding_and_tightly_without(
     assert bool(products) == ("activations" in options)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "gpt2"))])
 @pytest.mark.parametrize(
     "weights", [QuantizeWeights(**QUANTIZED["int8"]), QuantizeWeights(symmetric=False), QuantizeWeights(group=16)], ids=str
 )
