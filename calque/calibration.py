@@ -21,18 +21,12 @@ from torch.fx import Interpreter, Node
 from calque.artifact import NUM_LOGITS_TO_KEEP
 from calque.errors import Unsupported
 from calque.patterns import aten
+from calque.products import PRODUCTS
 
 if TYPE_CHECKING:
     from calque.artifact import TensorSpec
     from calque.traced import TracedModel
 
-# Where a product has its weight among its arguments, and where the value that it multiplies.
-PRODUCTS: dict[Any, tuple[int, int]] = {
-    aten.linear.default: (1, 0),
-    aten.addmm.default: (2, 1),
-    aten.mm.default: (1, 0),
-    aten.matmul.default: (1, 0),
-}
 # What leaves the channels of a value as they are.
 RESHAPES = (aten.reshape.default, aten.view.default, aten.clone.default, aten.alias.default)
 
@@ -97,7 +91,7 @@ def products_of(model: TracedModel) -> list[Product]:
     found = []
     for node in model.graph.nodes:
         places = PRODUCTS.get(node.target)
-        if places is None or node.args[places[0]] not in names or node.args[places[1]] in names:
+        if places is None or node.args[places.weight] not in names or node.args[places.value] in names:
             continue
         parameter, value = (node.args[place] for place in places)
         if len(parameter.meta["val"].shape) == 2:

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from calque.weights import torch_dtype_name
+from calque.weights import emitted_bytes, torch_dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,7 +45,7 @@ def _counted(names: list[str]) -> str:
 
 def count_parameters(model: TracedModel) -> int:
     """Return the number of elements of all weights, tied ones once."""
-    return sum(math.prod(weight.shape) for weight in {id(weight): weight for weight in model.weights.entries.values()}.values())
+    return sum(math.prod(weight.shape) for weight in model.weights.distinct())
 
 
 def weights_by_layer(model: TracedModel) -> list[dict[str, Any]]:
@@ -53,15 +53,13 @@ def weights_by_layer(model: TracedModel) -> list[dict[str, Any]]:
 
     A layer's group has its module path as name; what lies outside all layers is named for what it is, else by its path.
     """
-    import torch
-
     weights = {id(weight): weight for weight in model.weights.entries.values()}
     groups: dict[str, dict[str, Any]] = {}
     for key, (path, layer) in _places(model).items():
         weight = weights[key]
         group = groups.setdefault(path, {"name": path, "layer": layer, "bytes": 0, "parameters": 0})
         elements = math.prod(weight.shape)
-        group["bytes"] += elements * getattr(torch, torch_dtype_name(weight)).itemsize
+        group["bytes"] += emitted_bytes(weight)
         group["parameters"] += elements
     return sorted(groups.values(), key=_order)
 

@@ -129,6 +129,7 @@ def prove(conversion: Conversion, artifact: Artifact, report: Report, scratch: P
     from calque.validation.drive import ModelIO
     from calque.validation.layers import layer_parity, states_alone, telling_scenario
     from calque.validation.prove import prove as run_scenarios
+    from calque.validation.prove import prove_exactly
     from calque.validation.reference import store_reference
 
     chosen = conversion.scenarios(artifact.limits, artifact.states)
@@ -149,9 +150,8 @@ def prove(conversion: Conversion, artifact: Artifact, report: Report, scratch: P
             proof = replace(proof, numerics=replace(proof.numerics, by=STAND_IN), build=left_out, execution=left_out)
             report = report.noted(f"Build and execution were not run here: {why}. Numerics were proved on the {STAND_IN}.")
         if exact := targets.exact(conversion.target, artifact, conversion.recipe.threads):
-            session, as_it_is = exact, proof
-            proof, more = run_scenarios(artifact, exact, chosen, expected, exact=True)
-            proof, rows = proof.joined(as_it_is), [*more, *rows]
+            session = exact
+            proof, rows = prove_exactly(artifact, exact, chosen, expected, (proof, rows))
         layers, note = layer_parity(session, ModelIO.of(artifact, exact=True), shown, states) if shown and states else ((), note)
     if proof.numerics.status == "failed":
         with stages("bisect"):
@@ -168,6 +168,7 @@ def prove_by_blocks(conversion: Conversion, artifact: Artifact, report: Report, 
     """
     from calque.validation.drive import ModelIO
     from calque.validation.prove import prove as run_scenarios
+    from calque.validation.prove import prove_exactly
     from calque.validation.reference import store_reference
 
     chosen = conversion.scenarios(artifact.limits, artifact.states)
@@ -178,9 +179,7 @@ def prove_by_blocks(conversion: Conversion, artifact: Artifact, report: Report, 
     with stages("prove"):
         proof, rows = run_scenarios(artifact, conversion.in_blocks(artifact), chosen, expected)
         if targets.exact(conversion.target, artifact, conversion.recipe.threads):
-            as_it_is = proof
-            proof, more = run_scenarios(artifact, conversion.in_blocks(artifact, exact=True), chosen, expected, exact=True)
-            proof, rows = proof.joined(as_it_is), [*more, *rows]
+            proof, rows = prove_exactly(artifact, conversion.in_blocks(artifact, exact=True), chosen, expected, (proof, rows))
     why = f"the artifact was run in blocks of {size(conversion.block_bytes)} of weights, as more would pass --max-memory"
     left_out = Check("not_run", artifact.target, why)
     proof = replace(proof, numerics=replace(proof.numerics, by=BLOCKS), build=left_out, execution=left_out)

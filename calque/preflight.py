@@ -11,7 +11,8 @@ from calque.bandwidth import bandwidth
 from calque.console import size
 from calque.doctor import total_memory
 from calque.errors import SourceUnreadable, WeightMismatch, WontFit
-from calque.weights import PIECE_BYTES, torch_dtype_name
+from calque.facts import count_parameters
+from calque.weights import PIECE_BYTES, emitted_bytes, torch_dtype_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -149,13 +150,11 @@ def sizes(model: TracedModel, beside: int = 0) -> dict[str, Any]:
 
     ``beside``: the bytes of companions and references.
     """
-    unique = {id(weight): (name, weight) for name, weight in model.weights.entries.items()}.values()
-    elements = {name: math.prod(weight.shape) for name, weight in unique}
     weights = model.weights.nbytes() - _halved(model)
     nodes = len(model.graph.nodes)
     artifact = weights + beside + NODE_FILE_BYTES * nodes + RECORD_BYTES
     return {
-        "parameters": sum(elements.values()),
+        "parameters": count_parameters(model),
         "weights_bytes": weights,
         "artifact_bytes": artifact,
         "disk_bytes": artifact,
@@ -173,9 +172,8 @@ def _halved(model: TracedModel) -> int:
 
 def peak_memory(model: TracedModel) -> dict[str, int]:
     """Return the peak resident bytes of converting, of proving, and of proving by blocks as small as they can be."""
-    unique = [*{id(weight): weight for weight in model.weights.entries.values()}.values()]
     # What has no rows of its own is held as it is stored, cast and transposed.
-    whole = max((math.prod(weight.shape) * FP32 for weight in unique if not weight.by_rows), default=0)
+    whole = max((math.prod(weight.shape) * FP32 for weight in model.weights.distinct() if not weight.by_rows), default=0)
     # Proving holds the eager model, then the runtime's copy, both in float32: where its kernels know no narrower type, ONNX Runtime
     # casts weights when it opens the file.
     tools = TOOLS_BYTES + NODE_BYTES * len(model.graph.nodes)
@@ -200,10 +198,7 @@ def _calibration_bytes(model: TracedModel) -> int:
 
 def smallest_block(model: TracedModel) -> int:
     """Return the bytes of weights that the proof must at least hold at a time: of the largest that is not read by rows."""
-    import torch
-
-    unique = {id(weight): weight for weight in model.weights.entries.values()}.values()
-    sizes: list[int] = [math.prod(w.shape) * getattr(torch, torch_dtype_name(w)).itemsize for w in unique if torch_dtype_name(w) != "uint8"]
+    sizes = [emitted_bytes(weight) for weight in model.weights.distinct() if torch_dtype_name(weight) != "uint8"]
     return max(SMALLEST_BLOCK, *sizes, 0)
 
 
@@ -234,6 +229,5 @@ def _looked_up(model: TracedModel) -> int:
     for name, node in model.parameters().items():
         users = {user.target for user in node.users}
         if users and users <= {torch.ops.aten.embedding.default, torch.ops.calque.packed_embedding.default}:
-            weight = model.weights[name]
-            total += math.prod(weight.shape) * getattr(torch, torch_dtype_name(weight)).itemsize
+            total += emitted_bytes(model.weights[name])
     return total

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 from torch.fx import Node
@@ -22,13 +22,20 @@ from torch.fx import Node
 from calque.patterns import aten
 from calque.weights import Derived, Weight, torch_dtype_name
 
-# Where a product has its weight among its arguments.
-PRODUCTS: dict[Any, int] = {
-    aten.linear.default: 1,
-    aten.addmm.default: 2,
-    aten.mm.default: 1,
-    aten.matmul.default: 1,
-    aten.bmm.default: 1,
+
+class Places(NamedTuple):
+    """Where a product has its weight among its arguments, and the value that it multiplies."""
+
+    weight: int
+    value: int
+
+
+PRODUCTS: dict[Any, Places] = {
+    aten.linear.default: Places(1, 0),
+    aten.addmm.default: Places(2, 1),
+    aten.mm.default: Places(1, 0),
+    aten.matmul.default: Places(1, 0),
+    aten.bmm.default: Places(1, 0),
 }
 
 
@@ -87,8 +94,15 @@ def readings(node: Node) -> Iterator[tuple[Node, Reading | None]]:
 
 def _multiplies(user: Node, weight: Node) -> bool:
     """Return whether a node is a product with the weight in its place, and there alone."""
-    place = PRODUCTS.get(user.target)
-    return place is not None and user.args[place] is weight and sum(argument is weight for argument in user.args) == 1
+    places = PRODUCTS.get(user.target)
+    return places is not None and user.args[places.weight] is weight and sum(argument is weight for argument in user.args) == 1
+
+
+def reads_rows(user: Node, weight: Node) -> bool:
+    """Return whether a node is a product with a weight that lies [out, in], or a lookup in it, and nothing else."""
+    if user.target is aten.embedding.default:
+        return user.args[0] is weight
+    return user.target is aten.linear.default and _multiplies(user, weight)
 
 
 def _of_matrix(user: Node, weight: Node) -> Reading | None:

@@ -170,6 +170,14 @@ def torch_dtype_name(weight: Weight) -> str:
     return DTYPES[weight.dtype][0] if isinstance(weight, Stored) else weight.dtype
 
 
+def emitted_bytes(weight: Weight) -> int:
+    """Return the bytes of the weight as it is read."""
+    import torch
+
+    size: int = getattr(torch, torch_dtype_name(weight)).itemsize
+    return math.prod(weight.shape) * size
+
+
 def cast(weight: Weight, dtype: str) -> Weight:
     """Return the weight in ``dtype`` (torch's name); itself where it already is."""
     import torch
@@ -223,12 +231,13 @@ class WeightTable:
         weight = self.entries[name]
         return [other for other, entry in self.entries.items() if entry is weight and other != name]
 
+    def distinct(self) -> list[Weight]:
+        """Return every weight, tied ones once."""
+        return list({id(weight): weight for weight in self.entries.values()}.values())
+
     def nbytes(self) -> int:
         """Return the bytes of all weights as they will be emitted, tied ones once."""
-        import torch
-
-        unique = {id(weight): weight for weight in self.entries.values()}.values()
-        return sum(math.prod(w.shape) * getattr(torch, torch_dtype_name(w)).itemsize for w in unique)
+        return sum(map(emitted_bytes, self.distinct()))
 
     def check(self) -> None:
         """Leave quietly if the ledger balances: every parameter has bytes of its shape, every tensor has a use.

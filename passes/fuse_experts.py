@@ -30,7 +30,7 @@ from torch.fx import Node
 from calque.packing import pack, pack_zero_points
 from calque.passes import Rewrites
 from calque.patterns import aten, calls, factors, orders
-from calque.quantization import LONGEST_GROUP, SHORTEST_GROUP
+from calque.quantization import SHORTEST_GROUP, Bits, Scheme
 from calque.traced import call, user_nodes
 from calque.weights import Derived, torch_dtype_name
 
@@ -84,7 +84,7 @@ class _Weight:
     q: Node
     scale: Node
     zero_point: Node | None
-    bits: int
+    bits: Bits
     group: int
     experts: int
     bias: Node | None
@@ -111,7 +111,7 @@ class _Mixture:
     @property
     def group(self) -> int:
         """The longest group that both weights divide into; with zero points a row has two at least: the kernel lays one otherwise."""
-        group = min(weight.group or min(weight.size & -weight.size, LONGEST_GROUP) for weight in (self.up, self.down))
+        group = min(Scheme(weight.bits, weight.group).block(weight.size) for weight in (self.up, self.down))
         alone = self.up.zero_point is not None and group in (self.up.size, self.down.size)
         return group // 2 if alone else group
 

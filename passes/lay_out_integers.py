@@ -26,7 +26,7 @@ from torch.fx import Node
 
 from calque.passes import Rewrites
 from calque.patterns import aten, calls
-from calque.products import PRODUCTS
+from calque.products import PRODUCTS, reads_rows
 from calque.traced import call, user_nodes
 from calque.weights import Derived, Weight, torch_dtype_name, transpose
 
@@ -51,7 +51,7 @@ class LayOutIntegers:
             weights.setdefault(node.args[0], []).append(node)
         for tied in weights.values():
             users = [(user, weight) for weight in tied for user in list(weight.users)]
-            if odd := next((user for user, weight in users if not _reads(user, weight)), None):
+            if odd := next((user for user, weight in users if not reads_rows(user, weight)), None):
                 skipped.append((tied[0].name, f"{odd.target} reads it, which is no product and no lookup"))
                 continue
             product = any(user.target is aten.linear.default for user, _ in users)
@@ -63,20 +63,13 @@ class LayOutIntegers:
         return Rewrites(count, tuple(skipped))
 
 
-def _reads(user: Node, weight: Node) -> bool:
-    """Return whether a node is a product with the weight, or a lookup in it."""
-    if user.target is aten.embedding.default:
-        return user.args[0] is weight
-    return user.target is aten.linear.default and user.args[1] is weight and user.args[0] is not weight
-
-
 def _take_back_rounding(model: TracedModel) -> list[tuple[str, str]]:
     """Return the products whose values are no longer rounded, because their weights are not integers that go with it."""
     taken = []
     for node in model.graph.nodes:
-        if node.op != "call_function" or node.target not in PRODUCTS:
+        if node.target not in PRODUCTS:
             continue
-        weight: Any = node.args[PRODUCTS[node.target]]
+        weight: Any = node.args[PRODUCTS[node.target].weight]
         value = next((given for given in node.all_input_nodes if given is not weight and unrounded(given) is not None), None)
         if value is None or weight_of_channels(weight) or calls(weight, calque.dequantize_linear.default):
             continue

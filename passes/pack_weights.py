@@ -25,6 +25,7 @@ from torch.fx import Node
 from calque.packing import pack, pack_zero_points, zero_point_bytes
 from calque.passes import Rewrites
 from calque.patterns import aten
+from calque.products import reads_rows
 from calque.quantization import SHORTEST_GROUP, Scheme
 from calque.traced import call, user_nodes
 from calque.weights import Derived
@@ -45,7 +46,7 @@ class PackWeights:
         """Return one rewrite per product and lookup."""
         packing, count, skipped = _Packing(model), 0, []
         for node in user_nodes(model.graph.nodes, calque.dequantize_weight.default):
-            if odd := next((user for user in node.users if not _reads(user, node)), None):
+            if odd := next((user for user in node.users if not reads_rows(user, node)), None):
                 skipped.append((node.name, f"{odd.target} reads it, which has no form that takes integers"))
                 continue
             if _block(node) < SHORTEST_GROUP:
@@ -64,13 +65,6 @@ def _block(weight: Node) -> int:
     arguments: Any = weight.args
     size = int(arguments[0].meta["val"].shape[1])
     return Scheme(arguments[3], arguments[5]).block(size)
-
-
-def _reads(user: Node, weight: Node) -> bool:
-    """Return whether a node is a product with the weight, or a lookup in it."""
-    if user.target is aten.embedding.default:
-        return user.args[0] is weight
-    return user.target is aten.linear.default and user.args[1] is weight and user.args[0] is not weight
 
 
 @dataclass

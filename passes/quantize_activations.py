@@ -30,7 +30,7 @@ from calque.activation_ranges import ActivationRange, Method, steps
 from calque.calibration import observe
 from calque.errors import UsageError
 from calque.passes import Rewrites
-from calque.patterns import aten, calls
+from calque.patterns import calls
 from calque.products import PRODUCTS
 from calque.traced import call
 from calque.weights import Derived
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from calque.traced import TracedModel
 
 calque = torch.ops.calque
-# Where a product has what it multiplies with its weight.
-VALUES: dict[Any, int] = {target: 1 if target is aten.addmm.default else 0 for target in PRODUCTS}
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class QuantizeActivations:
             return Rewrites(0, tuple(skipped))
         readers: dict[Node, list[tuple[Node, str]]] = {}
         for product, name in found:
-            value: Any = product.args[VALUES[product.target]]
+            value: Any = product.args[PRODUCTS[product.target].value]
             readers.setdefault(value, []).append((product, name))
         # What several products read is rounded once, and measured where the first of them reads it.
         ranges = self._measured(model, {first[0][1] for first in readers.values()}) if self.mode == "static" else {}
@@ -98,9 +96,10 @@ class QuantizeActivations:
         names = {node: name for name, node in model.parameters().items() if len(model.weights[name].shape) == 2}
         found, kept = [], []
         for node in model.graph.nodes:
-            weight: Any = node.args[PRODUCTS[node.target]] if node.op == "call_function" and node.target in PRODUCTS else None
-            value: Any = node.args[VALUES[node.target]] if weight in names else None
-            if value is None or value in names or _is_rounded(value):
+            if (places := PRODUCTS.get(node.target)) is None:
+                continue
+            weight, value = node.args[places.weight], node.args[places.value]
+            if weight not in names or value in names or _is_rounded(value):
                 continue
             if any(fnmatchcase(names[weight], pattern) for pattern in self.keep):
                 kept.append((names[weight], "kept as it is"))
@@ -135,7 +134,7 @@ class QuantizeActivations:
 
     def _rounded(self, model: TracedModel, product: Node, value: Node, name: str, ranges: dict[str, ActivationRange]) -> Node:
         """Return the node that rounds a value, before the product that reads it first."""
-        weight: Any = product.args[PRODUCTS[product.target]]
+        weight: Any = product.args[PRODUCTS[product.target].weight]
         if self.mode == "dynamic":
             with model.graph.inserting_before(product):
                 return call(model.graph, calque.round_activations.default, value)

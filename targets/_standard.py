@@ -179,7 +179,7 @@ def join_heads(x: Any) -> Any:
 
 def dequantize_weight(q: Any, scale: Any, zero_point: Any, bits: int, axis: int, group: int) -> Any:
     """Return ``DequantizeLinear``, a whole row being one block where ``group`` is 0."""
-    return op.DequantizeLinear(q, scale, zero_point, axis=axis, block_size=group or q.shape[axis])
+    return dequantize_linear(q, scale, zero_point, bits, axis, group or q.shape[axis])
 
 
 def dequantize_linear(q: Any, scale: Any, zero_point: Any, bits: int, axis: int, group: int) -> Any:

@@ -49,6 +49,18 @@ def prove(
     return Proof(_numerics(artifact.target, rows), *_build_and_execution(artifact.target, rows), failures), rows
 
 
+def prove_exactly(
+    artifact: Artifact,
+    session: Session,
+    scenarios: Sequence[Scenario],
+    references: Mapping[str, Mapping[str, Reference]],
+    as_it_is: tuple[Proof, list[Row]],
+) -> tuple[Proof, list[Row]]:
+    """Return the proof and rows of a session that rounds no activations, before those of the artifact as it is."""
+    proof, rows = prove(artifact, session, scenarios, references, exact=True)
+    return proof.joined(as_it_is[0]), [*rows, *as_it_is[1]]
+
+
 def _numerics(by: str, rows: Sequence[Row]) -> Check:
     compared = [row for row in rows if row["status"] != "not_run"]
     failed = [row for row in rows if row["status"] == "failed"]
