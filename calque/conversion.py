@@ -9,7 +9,7 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calque import converters, passes, sentence, targets
+from calque import converters, memory_plan, passes, preflight, sentence, targets
 from calque.choices import NARROW
 from calque.errors import TargetUnavailable, Unsupported, UsageError
 from calque.recipe import Recipe, unbuilt_settings
@@ -17,7 +17,7 @@ from calque.source import ModelSource
 from calque.stored_integers import NUMBERS, form_of
 from calque.targets import Target
 from calque.tasks import POOLED
-from calque.texts import spread_rows
+from calque.texts import read_text, spread_rows
 from calque.traced import TracedModel
 from calque.validation import scenarios
 from calque.weights import cast
@@ -168,14 +168,17 @@ class Conversion:
 
     def trace(self) -> TracedModel:
         """Return the traced model, its ledger balanced, its limits those of the recipe too, with the text it is measured on."""
+        if self.recipe.calibration:
+            read_text(Path(self.recipe.calibration.text))  # whether there is one is said before the work
         model = converters.load(self.source.task)(self.source)
         model.weights.check()
         model.quantized = {name: (form, NUMBERS) for name, weight in model.weights.entries.items() if (form := form_of(weight))}
         model.limits = self.bounded(model.limits)
+        model.scratch = self.scratch
         if given := self.recipe.calibration:
             longest = min(filter(None, (model.limits.max_length, model.trained_length)), default=None)
             model.samples = spread_rows(Path(given.text), self.source, given.samples, longest)
-            model.calibrations, model.scratch = self.calibrations, self.scratch
+            model.calibrations = self.calibrations
         return model
 
     def rewrite(self, model: TracedModel) -> dict[str, passes.Rewrites]:
@@ -217,6 +220,15 @@ class Conversion:
             narrow = NARROW[self.recipe.precision]
             weights |= {name: cast(cast(weights[name], narrow), "float32") for name in parameters}
         return streamed(model, {**weights, **self.replaced})
+
+    def require_memory(self, model: TracedModel) -> int:
+        """Return of how many bytes of weights at a time the proof may run the artifact, 0 where all of them fit.
+
+        Raises:
+            WontFit: what passes the memory that the recipe allows.
+        """
+        blocks = isinstance(self.target, targets.RunsBlocks)
+        return memory_plan.require_memory(model, self.recipe.max_memory, blocks, preflight.mapped_bytes(self.source))
 
     def in_blocks(self, artifact: Artifact, exact: bool = False) -> Session:
         """Return a session that runs the artifact some nodes at a time, as the memory allowed asks for."""

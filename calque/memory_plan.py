@@ -26,22 +26,22 @@ def require_tools(allowed: int | None) -> None:
         raise WontFit(f"torch and transformers alone take {takes}, {size(allowed)} are allowed", fix="allow more with --max-memory")
 
 
-def require_memory(model: TracedModel, allowed: int | None, blocks: bool) -> int:
+def require_memory(model: TracedModel, allowed: int | None, blocks: bool, mapped: int = 0) -> int:
     """Return of how many bytes of weights at a time the proof may run the artifact, 0 where all of them fit; None allows anything.
 
-    ``blocks``: whether the target's artifacts can be run so.
+    ``blocks``: whether the target's artifacts can be run so. ``mapped``: as `preflight.mapped_bytes` says.
 
     Raises:
         WontFit: what passes the memory allowed, and the least that would do.
     """
     if allowed is None:
         return 0
-    needs = preflight.peak_memory(model)
+    needs = preflight.peak_memory(model, mapped)
     least = {"convert": needs["convert"], "prove": min(needs["prove"], needs["prove_by_blocks"]) if blocks else needs["prove"]}
     if lines := [f"{stage}  needs {size(count)}" for stage, count in least.items() if count > allowed]:
         fix = f"allow at least {size(max(least.values()))} with --max-memory"
         raise WontFit(f"the conversion does not fit into {size(allowed)} of memory", lines, fix)
     if needs["prove"] <= allowed:
         return 0
-    room = (allowed - needs["prove_by_blocks"]) // preflight.BLOCK_COPIES
+    room = (allowed - needs["prove_by_blocks"]) // preflight.block_copies(model)
     return min(LARGEST_BLOCK, preflight.smallest_block(model) + room)

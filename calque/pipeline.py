@@ -87,7 +87,8 @@ def emit(conversion: Conversion, model: TracedModel, folder: Path, stages: Stage
             fixes = "; ".join(dict.fromkeys(problem.fix for problem in problems))
             raise Unsupported(f"{target.name} cannot express {source.id}", [str(problem) for problem in problems], fixes)
         preflight.require_cache(model)
-        conversion.block_bytes = memory_plan.require_memory(model, recipe.max_memory, isinstance(target, targets.RunsBlocks))
+        preflight.require_room(model, source, folder)
+        conversion.block_bytes = conversion.require_memory(model)
         # A scenario that this model has not is said before its weights are written.
         conversion.scenarios(model.limits, model.states)
     with stages("lower"):
@@ -228,7 +229,7 @@ def require(recipe: Recipe, proof: Proof) -> None:
 
 def plan(recipe: Recipe, progress: Callable[[str], None] = silent) -> dict[str, Any]:
     """Return what converting would emit, need and refuse; nothing is kept on disk."""
-    from calque.validation.reference import predicted_bytes
+    from calque.validation.reference import predicted_bytes, working_bytes
 
     target = open_target(recipe)
     stages = Stages(progress)
@@ -238,21 +239,24 @@ def plan(recipe: Recipe, progress: Callable[[str], None] = silent) -> dict[str, 
             preflight.require_tensors(source)
         with stages("trace"):
             conversion = Conversion(recipe, target, source)
+            gate = QualityGate.of(conversion, Path(scratch))
             model = conversion.trace()
-            traced, parameters = len(model.graph.nodes), facts.count_parameters(model)
+            traced, parameters, judged = len(model.graph.nodes), facts.count_parameters(model), gate.working_bytes(model)
         with stages("passes"):
             counts = {name: done.count for name, done in conversion.rewrite(model).items()}
             problems = target.problems(model)
-        if not problems:
-            memory_plan.require_memory(model, recipe.max_memory, isinstance(target, targets.RunsBlocks))
+        block = 0 if problems else conversion.require_memory(model)
         chosen = conversion.scenarios(model.limits, model.states)
         states = {state.output for state in model.states}
-        beside = preflight.companion_bytes(source) + predicted_bytes(chosen, [spec for spec in model.outputs if spec.name not in states])
+        outputs = [spec for spec in model.outputs if spec.name not in states]
+        beside = preflight.companion_bytes(source) + predicted_bytes(chosen, outputs)
+        working = judged + preflight.integers_bytes(model) + working_bytes(chosen, outputs, bool(states))
     return {
         "model": source.id,
         "target": recipe.target,
         "precision": recipe.precision,
-        **preflight.sizes(model, beside),
+        **preflight.sizes(model, beside, working, preflight.mapped_bytes(source), block),
+        "proof_by_blocks": block > 0,
         "parameters": parameters,
         "nodes": {"traced": traced, "after passes": len(model.graph.nodes)},
         "passes": counts,

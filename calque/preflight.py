@@ -12,7 +12,7 @@ from calque.console import size
 from calque.doctor import total_memory
 from calque.errors import SourceUnreadable, WeightMismatch, WontFit
 from calque.facts import count_parameters
-from calque.weights import PIECE_BYTES, emitted_bytes, torch_dtype_name
+from calque.weights import PIECE_BYTES, Stored, emitted_bytes, torch_dtype_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -34,15 +34,15 @@ FP32 = 4
 MOMENT_COPIES = 32
 # Pieces of weights: what is read, cast, quantized and packed of one at a time.
 PIECE_COPIES = 4
-# A block's weights as the runtime lays them out, and unpacked in float32, of 4 bits each.
-BLOCK_COPIES = 10
+# A block's weights as they are read, laid out for the kernels and, where they are narrower, in float32: measured 4.7 of 4 bits.
+BLOCK_COPIES, WIDE_BLOCK_COPIES = 6, 3
 SMALLEST_BLOCK = 8 << 20
-# Positions that the conversations of the proof ask for at once, and how often their outputs are held.
-PROOF_POSITIONS, ANSWER_COPIES = 256, 2
+# Positions that the conversations of the proof ask for at once; blocks put together what parts of a product gave.
+PROOF_POSITIONS, PART_COPIES = 256, 2
 # The largest batch that the gate drives.
 PROOF_ROWS = 5
-# Of one weight, at most; what is packed has embeddings and heads in more.
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4, "int8-static": 4, "int4": 4, "fp8": 4}
+# Of one weight, at least: scales come on top, and what no product reads stays wide.
+LEAST_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "int8-static": 1, "int4": 0.5, "fp8": 1}
 # No language model is nearly as deep; building even this many layers takes minutes.
 MOST_LAYERS = 10_000
 # What every model of transformers that has the setting needs at least one of.
@@ -83,16 +83,28 @@ def _sizes(config: PreTrainedConfig) -> dict[str, int]:
 
 
 def require_disk(source: ModelSource, folder: Path, precision: str = "fp32") -> None:
-    """Leave quietly if the weights in that precision fit on the disk of ``folder``.
+    """Leave quietly if the weights in that precision can fit on the disk of ``folder``; how large they are is known after the passes.
+
+    Raises:
+        WontFit: how much is needed at least and how much is free.
+    """
+    elements = sum(math.prod(stored.shape) for stored in source.weights.values())
+    _require_free(math.ceil(elements * LEAST_BYTES[precision]) + companion_bytes(source), source.id, folder)
+
+
+def require_room(model: TracedModel, source: ModelSource, folder: Path) -> None:
+    """Leave quietly if the weights as they will be emitted, and what they are made of, fit on the disk of ``folder``.
 
     Raises:
         WontFit: how much is needed and how much is free.
     """
-    elements = sum(math.prod(stored.shape) for stored in source.weights.values())
-    takes, free = elements * BYTES[precision] + companion_bytes(source), shutil.disk_usage(folder).free
-    if takes > free:
+    _require_free(artifact_bytes(model) + companion_bytes(source) + integers_bytes(model), source.id, folder)
+
+
+def _require_free(takes: int, name: str, folder: Path) -> None:
+    if takes > (free := shutil.disk_usage(folder).free):
         raise WontFit(
-            f"{source.id} needs {size(takes)} on disk, {size(free)} are free where the output goes",
+            f"{name} needs {size(takes)} on disk, {size(free)} are free where the output goes",
             fix="free some space, or name a folder on another disk with -o",
         )
 
@@ -145,22 +157,31 @@ def require_cache(model: TracedModel) -> None:
         )
 
 
-def sizes(model: TracedModel, beside: int = 0) -> dict[str, Any]:
+def sizes(model: TracedModel, beside: int = 0, working: int = 0, mapped: int = 0, block: int = 0) -> dict[str, Any]:
     """Return parameters and bytes: weights, artifact, disk, predicted peak memory; and how fast decoding can be at best.
 
-    ``beside``: the bytes of companions and references.
+    ``beside``: the bytes of companions and references. ``working``: of what is on the same disk until the conversion ends.
+    ``mapped``, ``block``: as `peak_memory` takes them.
     """
-    weights = model.weights.nbytes() - _halved(model)
-    nodes = len(model.graph.nodes)
-    artifact = weights + beside + NODE_FILE_BYTES * nodes + RECORD_BYTES
+    artifact = artifact_bytes(model) + beside
     return {
         "parameters": count_parameters(model),
-        "weights_bytes": weights,
+        "weights_bytes": weights_bytes(model),
         "artifact_bytes": artifact,
-        "disk_bytes": artifact,
-        "peak_memory_bytes": peak_memory(model),
-        **(_decoding(model, weights) if model.states else {}),
+        "disk_bytes": artifact + working,
+        "peak_memory_bytes": peak_memory(model, mapped, block),
+        **(_decoding(model) if model.states else {}),
     }
+
+
+def artifact_bytes(model: TracedModel) -> int:
+    """Return the bytes of the artifact's graph and weights, its manifest and its report."""
+    return weights_bytes(model) + NODE_FILE_BYTES * len(model.graph.nodes) + RECORD_BYTES
+
+
+def weights_bytes(model: TracedModel) -> int:
+    """Return the bytes of the weights as they are written."""
+    return model.weights.nbytes() - _halved(model)
 
 
 def _halved(model: TracedModel) -> int:
@@ -170,20 +191,56 @@ def _halved(model: TracedModel) -> int:
     return sum(math.prod(model.weights[name].shape) for name in four_bit_parameters(model)) // 2
 
 
-def peak_memory(model: TracedModel) -> dict[str, int]:
-    """Return the peak resident bytes of converting, of proving, and of proving by blocks as small as they can be."""
+def integers_bytes(model: TracedModel) -> int:
+    """Return what the integers take on disk that a conversion keeps until it ends; calibrated ones are there twice."""
+    made = {id(weight): weight for name, weight in model.weights.entries.items() if _of_integers(name, model)}
+    return (sum(map(emitted_bytes, made.values())) - _halved(model)) * (2 if model.samples else 1)
+
+
+def mapped_bytes(source: ModelSource) -> int:
+    """Return the bytes of the checkpoint that lie in memory beside the float32 model while that is loaded."""
+    return sum(weight.nbytes for weight in source.weights.values() if isinstance(weight, Stored) and weight.dtype != "F32")
+
+
+def peak_memory(model: TracedModel, mapped: int = 0, block: int = 0) -> dict[str, int]:
+    """Return the peak resident bytes of converting, of proving, and of proving by blocks.
+
+    ``mapped``: as `mapped_bytes` says. ``block``: of how many bytes of weights blocks are; as small as they can be where that is less.
+    """
     # What has no rows of its own is held as it is stored, cast and transposed.
     whole = max((math.prod(weight.shape) * FP32 for weight in model.weights.distinct() if not weight.by_rows), default=0)
-    # Proving holds the eager model, then the runtime's copy, both in float32: where its kernels know no narrower type, ONNX Runtime
-    # casts weights when it opens the file.
     tools = TOOLS_BYTES + NODE_BYTES * len(model.graph.nodes)
     runs = tools + RUNTIME_BYTES + 2 * PROOF_ROWS * cache_bytes(model)
-    answers = ANSWER_COPIES * PROOF_POSITIONS * FP32 * max((s for o in model.outputs if isinstance(s := o.shape[-1], int)), default=0)
+    answers = PROOF_POSITIONS * FP32 * max((s for o in model.outputs if isinstance(s := o.shape[-1], int)), default=0)
     return {
         "convert": tools + max(3 * whole, PIECE_COPIES * PIECE_BYTES) + _calibration_bytes(model),
-        "prove": runs + 2 * _wide_bytes(model),
-        "prove_by_blocks": runs + answers + max(3 * whole, PIECE_COPIES * PIECE_BYTES, BLOCK_COPIES * smallest_block(model)),
+        # The eager model is gone before the artifact is opened.
+        "prove": max(tools + _wide_bytes(model) + mapped, runs + answers + _opened_bytes(model)),
+        "prove_by_blocks": runs
+        + PART_COPIES * answers
+        + max(3 * whole, PIECE_COPIES * PIECE_BYTES, block_copies(model) * max(block, smallest_block(model))),
     }
+
+
+def _opened_bytes(model: TracedModel) -> int:
+    """Return what the runtime holds of the weights: the file, floats in float32, and in another order tables that products read too.
+
+    An artifact of integers is opened a second time, without rounding.
+    """
+    import torch
+
+    products: dict[int, set[Any]] = {}
+    for name, node in model.parameters().items():
+        products.setdefault(id(model.weights[name]), set()).update(user.target for user in node.users)
+    total = weights_bytes(model) * (2 if model.replaced else 1)
+    for weight in model.weights.distinct():
+        wide = FP32 * math.prod(weight.shape)
+        users = products.get(id(weight), set())
+        if torch_dtype_name(weight) in ("float16", "bfloat16"):
+            total += wide
+        if torch.ops.aten.embedding.default in users and len(users) > 1 and getattr(torch, torch_dtype_name(weight)).is_floating_point:
+            total += wide
+    return total
 
 
 def _calibration_bytes(model: TracedModel) -> int:
@@ -194,6 +251,12 @@ def _calibration_bytes(model: TracedModel) -> int:
     rows = 2 * sum(map(len, model.samples)) * min(widths) * FP32
     layer = sum(math.prod(weight.shape) for weight in model.replaced.values()) // max(model.layers, 1) * FP32
     return rows + layer + MOMENT_COPIES * max(widths) ** 2
+
+
+def block_copies(model: TracedModel) -> int:
+    """Return how often the weights of a block are in memory while it runs."""
+    wide = all(torch_dtype_name(weight) in ("float32", "int64", "bool") for weight in model.weights.distinct())
+    return WIDE_BLOCK_COPIES if wide else BLOCK_COPIES
 
 
 def smallest_block(model: TracedModel) -> int:
@@ -215,9 +278,9 @@ def _of_integers(name: str, model: TracedModel) -> bool:
     return any(name.startswith(f"{replaced}.") for replaced in model.replaced)
 
 
-def _decoding(model: TracedModel, weights: int) -> dict[str, Any]:
+def _decoding(model: TracedModel) -> dict[str, Any]:
     """Return what one token reads. Every weight once, so no runtime on this machine decodes one sequence faster."""
-    per_token = weights - _looked_up(model)
+    per_token = weights_bytes(model) - _looked_up(model)
     return {"decode_bytes_per_token": per_token, "decode_tokens_per_s_at_best": round(bandwidth() / per_token, 1)}
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from calque.facts import HEAD, layers_of
+from calque.weights import read_into
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -107,7 +108,7 @@ class Layers:
                     continue
                 found = {} if level is None else self.replaced(level)
                 for name in names:
-                    self.eager.get_parameter(name).copy_((found.get(name) or self.traced.weights[name]).read())
+                    read_into(self.eager.get_parameter(name), found.get(name) or self.traced.weights[name])
                 self._now = {**self._now, layer: level} if level is not None else {k: v for k, v in self._now.items() if k != layer}
 
     def quality(self, levels: Levels, rows: int | None = None) -> Quality:

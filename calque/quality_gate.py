@@ -100,6 +100,17 @@ class QualityGate:
                 # Judged again as the passes make it: a calibrated method rounds a layer by what those before it give.
                 self.found = layers.as_written(self.found, conversion.quantized(model, conversion.promoted))
 
+    def working_bytes(self, model: TracedModel) -> int:
+        """Return what the original's answers take on disk until the artifact is judged; the model is not rewritten yet.
+
+        Raises:
+            UsageError: the text is none for the model's tokenizer.
+        """
+        if not self.asked or not model.states:
+            return 0  # what is kept of an encoder's texts is small
+        vocabulary: int = self.conversion.source.config.get_text_config().vocab_size
+        return 4 * vocabulary * sum(map(len, self._rows(model)))
+
     def _fits(self, model: TracedModel) -> bool:
         """Return whether the eager model fits into the memory allowed; if not, nothing is asked, and the report says so.
 
@@ -107,7 +118,7 @@ class QualityGate:
             WontFit: the recipe sets a limit that could not be judged.
         """
         allowed, parity = self.conversion.recipe.max_memory, self.conversion.recipe.parity
-        needs = preflight.peak_memory(model)["prove"]
+        needs = preflight.peak_memory(model, preflight.mapped_bytes(self.conversion.source))["prove"]
         if allowed is None or needs <= allowed:
             return True
         if parity.text or parity.sensitivity or parity.max_kl is not None:

@@ -8,18 +8,13 @@ A weight is [out, in]. Its integers are signed, unpacked and of the same shape, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from calque.weights import Derived, Weight
-
 Bits = Literal[4, 8]
-Part = Literal["q", "scale", "zero_point"]
 
 # The shortest group that runtimes have kernels for.
 SHORTEST_GROUP = 16
@@ -155,83 +150,3 @@ def round_blocks(x: Tensor, block: int) -> Tensor:
     blocks = x.reshape(*x.shape[:-1], -1, block)
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     return (torch.where(scale > 0, blocks / scale, 0.0).round() * scale).reshape(x.shape)
-
-
-@dataclass
-class QuantizedWeight:
-    """One weight's integers, scales and zero points as weights of a table, made together when the first of them is read.
-
-    ``make`` gives them of the float weight; ``by_rows``: also of some of its rows, the same. Scales are kept, being small, until
-    they are read as well; integers never are.
-    """
-
-    weight: Weight
-    scheme: Scheme
-    make: Callable[[Tensor], Quantized]
-    by_rows: bool = False
-    _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    _known: dict[str, int] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def nearest(cls, weight: Weight, scheme: Scheme) -> QuantizedWeight:
-        """Return the weight rounded to the nearest integers."""
-        return cls(weight, scheme, partial(quantize, scheme=scheme), by_rows=True)
-
-    def quantized(self) -> Quantized:
-        """Return the integers, made now."""
-        return self.make(self.weight.read())
-
-    def parts(self) -> dict[Part, Derived]:
-        """Return the weights of the table: q, scale and, where they are asymmetric, zero_point."""
-        rows, columns = self.weight.shape
-        groups = (rows, columns // (self.scheme.group or columns))
-        made: dict[Part, Derived] = {"q": self._part("q", "int8", (rows, columns)), "scale": self._part("scale", "float32", groups)}
-        return made if self.scheme.symmetric else {**made, "zero_point": self._part("zero_point", "int8", groups)}
-
-    def dequantized(self) -> Derived:
-        """Return the float weight that the integers stand for."""
-
-        def rows(start: int, stop: int) -> Tensor:
-            made = self._quantized(start, stop)
-            return dequantize(made.q, made.scale, made.zero_point, self.scheme.group)
-
-        shape = tuple(self.weight.shape)
-        whole = partial(rows, 0, shape[0])
-        return Derived((), f"dequantize({self.scheme})", whole, "float32", shape, moved=False, rows=rows if self._divides else None)
-
-    @property
-    def _divides(self) -> bool:
-        """Whether some rows can be made without the others."""
-        return self.by_rows and self.weight.by_rows
-
-    def _quantized(self, start: int, stop: int) -> Quantized:
-        whole = stop - start == self.weight.shape[0]
-        return self.quantized() if whole else self.make(self.weight.read_rows(start, stop))
-
-    def _part(self, name: Part, dtype: str, shape: tuple[int, int]) -> Derived:
-        rows = partial(self._rows, name)
-        whole = partial(rows, 0, shape[0])
-        return Derived((), f"quantize({self.scheme}).{name}", whole, dtype, shape, moved=False, rows=rows if self._divides else None)
-
-    def _rows(self, name: Part, start: int, stop: int) -> Tensor:
-        """Return some rows of a part. Others of the same rows are kept, so those of a part are read in order, as a file is written."""
-        if name in self._kept and self._known[name] >= stop:
-            rows = self._kept[name][start:stop]
-            if stop == self.weight.shape[0]:
-                del self._kept[name], self._known[name]
-            return rows
-        made = self._quantized(start, stop)
-        parts: dict[Part, Tensor | None] = {"q": made.q, "scale": made.scale, "zero_point": made.zero_point}
-        for other, part in parts.items():
-            if part is not None and other not in ("q", name):
-                self._keep(other, start, stop, part)
-        found = parts[name]
-        assert found is not None, f"{self.scheme} has no {name}"
-        return found
-
-    def _keep(self, name: Part, start: int, stop: int, part: Tensor) -> None:
-        """Remember a part's rows up to ``stop``, if those before them are known; what was read again from the start replaces it."""
-        if start == 0:
-            self._kept[name], self._known[name] = part.new_empty(self.weight.shape[0], part.shape[1]), 0
-        if self._known.get(name) == start:
-            self._kept[name][start:stop], self._known[name] = part, stop

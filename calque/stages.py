@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from calque.interrupts import raise_if_interrupted
+from calque.memory import trim
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
@@ -42,6 +43,7 @@ class Stages:
         raise_if_interrupted()
         self.announce(name)
         self.now = name
+        trim()  # what the stage before freed is not this one's
         _reset_peak()
         start = time.perf_counter()
         yield

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from calque.quantization import LONGEST_GROUP, PIECE, SHORTEST_GROUP, Quantized, QuantizedWeight, Scheme
+from calque.integers_file import IntegersFile
+from calque.quantization import LONGEST_GROUP, PIECE, SHORTEST_GROUP, Quantized, Scheme
+from calque.quantized_weight import QuantizedWeight
 from calque.weights import Derived, Stored, Weight
 
 if TYPE_CHECKING:
@@ -78,10 +80,10 @@ class KeptWeight(QuantizedWeight):
     """A weight whose integers are those of the checkpoint; nothing is rounded."""
 
     @classmethod
-    def of(cls, weight: Dequantized) -> KeptWeight:
+    def of(cls, weight: Dequantized, file: IntegersFile) -> KeptWeight:
         """Return the weight's own integers as weights of a table."""
         assert weight.scheme is not None, f"{weight.form} cannot be kept"
-        return cls(weight, weight.scheme, _no_rounding)
+        return cls(weight, weight.scheme, _no_rounding, file=file)
 
     def quantized(self) -> Quantized:
         """Return the checkpoint's integers."""

@@ -165,6 +165,17 @@ def pieces(weight: Weight, nbytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
         yield weight.read_rows(start, min(start + step, weight.shape[0]))
 
 
+def read_into(out: torch.Tensor, weight: Weight) -> None:
+    """``out``, of its shape, has the values of the weight, read some rows at a time."""
+    if not weight.by_rows:
+        out.copy_(weight.read())
+        return
+    start = 0
+    for piece in pieces(weight):
+        out[start : start + len(piece)].copy_(piece)
+        start += len(piece)
+
+
 def torch_dtype_name(weight: Weight) -> str:
     """Return torch's name of the weight's dtype, ``bfloat16`` for a stored ``BF16``."""
     return DTYPES[weight.dtype][0] if isinstance(weight, Stored) else weight.dtype

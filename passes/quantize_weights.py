@@ -34,10 +34,12 @@ from torch.fx import Node
 from calque.calibrated import Awq, Calibration, Gptq
 from calque.calibration import products_of
 from calque.errors import UsageError
+from calque.integers_file import IntegersFile
 from calque.passes import Rewrites
 from calque.patterns import aten
 from calque.products import Reading, products_behind, readings
-from calque.quantization import SHORTEST_GROUP, Part, QuantizedWeight, Scheme, round_blocks
+from calque.quantization import SHORTEST_GROUP, Scheme, round_blocks
+from calque.quantized_weight import Part, QuantizedWeight
 from calque.stored_integers import KEPT, Dequantized, KeptWeight, anew
 from calque.traced import call, user_nodes
 from calque.weights import Derived, Weight
@@ -108,13 +110,14 @@ class QuantizeWeights:
             else:
                 planned.append((owners, read, found))
         calibration, measured = self._calibration(model, planned)
+        file = IntegersFile(model.scratch)
         for owners, read, scheme in planned:
             (name, weight) = owners[0]
             stored = model.weights[name]
             laid = read.rows(_as_stored(stored))
-            made = KeptWeight.of(laid) if _is_kept(laid, scheme) else QuantizedWeight.nearest(laid, scheme)
+            made = KeptWeight.of(laid, file) if _is_kept(laid, scheme) else QuantizedWeight.nearest(laid, scheme, file)
             if calibration and weight in measured:
-                made = QuantizedWeight(laid, scheme, partial(calibration.quantized, measured[weight]))
+                made = QuantizedWeight(laid, scheme, partial(calibration.quantized, measured[weight]), file=file)
             parts = {part: model.add_parameter(f"{name}.{part}", held, like=weight) for part, held in made.parts().items()}
             for owner, node in owners:
                 _replace(model, node, parts, scheme, read)

@@ -14,6 +14,8 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset23 as op
 
+from calque import expert_ops, ops, quantized_ops  # noqa: F401  # register torch.ops.calque, which the table names
+
 # What came after the last opset that torch.onnx writes: the operator, and the opset that has it.
 SLOTS, SLOTS_OPSET = "TensorScatter", 24
 LOWEST = float(torch.finfo(torch.float32).min)

@@ -13,6 +13,7 @@ from calque.errors import SourceUnreadable
 from calque.memory import ran_out
 from calque.threads import one_thread
 from calque.validation.drive import segments
+from calque.weights import read_into
 
 if TYPE_CHECKING:
     import torch
@@ -38,12 +39,12 @@ def in_precision(model: torch.nn.Module, precision: str) -> torch.nn.Module:
 
 
 def with_weights(model: torch.nn.Module, replaced: Mapping[str, Weight]) -> torch.nn.Module:
-    """Return the model with other values in those of its parameters that are named, one read at a time."""
+    """Return the model with other values in those of its parameters that are named."""
     import torch
 
     with torch.no_grad():
         for name, weight in replaced.items():
-            model.get_parameter(name).copy_(weight.read())
+            read_into(model.get_parameter(name), weight)
     return model
 
 

@@ -98,6 +98,12 @@ def predicted_bytes(scenarios: Sequence[Scenario], outputs: Sequence[TensorSpec]
     return min(BUDGET, places * (values * np.float32().itemsize + POSITION_BYTES) + NPZ_OVERHEAD * len(scenarios))
 
 
+def working_bytes(scenarios: Sequence[Scenario], outputs: Sequence[TensorSpec], cached: bool) -> int:
+    """Return how many bytes `store_reference` keeps in its scratch folder; ``cached``: the artifact has states."""
+    tokens = sum(map(len, _pool_rows([scenario for scenario in scenarios if not scenario.not_run], prefixes=cached).values()))
+    return tokens * sum(size for spec in outputs if isinstance(size := spec.shape[-1], int)) * np.float32().itemsize
+
+
 def store_reference(
     load_eager: Callable[[], torch.nn.Module],
     scenarios: Sequence[Scenario],

@@ -7,9 +7,12 @@ benchmark itself never imports torch and stays small beside what it measures.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks.conversion.shapes import SHAPES, Shape
 
@@ -26,22 +29,31 @@ def is_written(shape: Shape, folder: Path) -> bool:
 
 def write(shape: Shape, folder: Path) -> None:
     """The folder holds the checkpoint; the same seed gives the same bytes."""
-    import torch
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(SEED)
-
-    def draw(name: str, dims: tuple[int, ...]) -> torch.Tensor:
-        values = torch.ones(dims) if name.endswith("norm.weight") else torch.randn(dims, generator=generator) * shape.deviation
-        return values.to(torch.bfloat16)
-
-    save_file({name: draw(name, dims) for name, dims in shape.tensors().items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    _write_weights(shape.tensors(), shape.deviation, folder / WEIGHTS)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TOKENIZER / name, folder / name)
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n", encoding="utf-8")
     (folder / CONFIG).write_text(json.dumps(shape.config(), indent=1) + "\n", encoding="utf-8")
+
+
+def _write_weights(tensors: Mapping[str, tuple[int, ...]], deviation: float, path: Path) -> None:
+    """The file holds every tensor, drawn and written one after the other: the largest shape is larger than memory."""
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dims in tensors.items():
+        start, end = end, end + math.prod(dims) * torch.bfloat16.itemsize
+        header[name] = {"dtype": "BF16", "shape": dims, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    generator = torch.Generator().manual_seed(SEED)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, dims in tensors.items():
+            values = torch.ones(dims) if name.endswith("norm.weight") else torch.randn(dims, generator=generator).mul_(deviation)
+            file.write(values.to(torch.bfloat16).view(torch.uint8).numpy().data)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.conversion.measure import Measured
 
 # Stages of Calque's report.json that compare the artifact with the eager model; bisect only where the comparison failed.
-PROOF = ("reference", "prove", "bisect")
+PROOF = ("quality", "promote", "reference", "prove", "bisect", "quality of the artifact")
 # Where the artifact keeps what eager answered, so that it can be validated elsewhere.
 REFERENCE = "reference"
 
@@ -80,6 +80,12 @@ def read_stages(out: Path) -> list[dict[str, Any]]:
         return []
     stages: list[dict[str, Any]] = json.loads(report.read_text(encoding="utf-8"))["stages"]
     return stages
+
+
+def stage_peaks(stages: list[dict[str, Any]]) -> dict[str, int]:
+    """Return the peak memory of the conversion's own stages, and of its proof."""
+    proof = [stage for stage in stages if stage["name"] in PROOF]
+    return {"convert": _peak([stage for stage in stages if stage not in proof]), "prove": _peak(proof)}
 
 
 def divide(measured: Measured, stages: list[dict[str, Any]], whole_bytes: int, proof_bytes: int) -> tuple[Cost, Cost]:

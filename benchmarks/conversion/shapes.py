@@ -31,7 +31,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a checkpoint with tied embeddings."""
+    """Sizes of a checkpoint; ``tied``: the head is the table of embeddings."""
 
     description: str
     layers: int
@@ -44,6 +44,7 @@ class Shape:
     rope_theta: float
     model_type: str = "llama"
     rope_scaling: dict[str, Any] | None = None
+    tied: bool = True
 
     @property
     def head_dim(self) -> int:
@@ -72,7 +73,7 @@ class Shape:
             "num_hidden_layers": self.layers,
             "num_key_value_heads": self.kv_heads,
             "rope_theta": self.rope_theta,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": self.tied,
             "torch_dtype": "bfloat16",
             "use_cache": True,
             "vocab_size": self.vocabulary,
@@ -84,11 +85,13 @@ class Shape:
         return round(math.sqrt(1 / self.hidden), 6)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor by the name transformers gives it; the tied lm_head is not stored."""
+        """Return the shape of every tensor by the name transformers gives it; a tied lm_head is not stored."""
         shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocabulary, self.hidden),
             "model.norm.weight": (self.hidden,),
         }
+        if not self.tied:
+            shapes["lm_head.weight"] = (self.vocabulary, self.hidden)
         keys = self.kv_heads * self.head_dim
         for layer in range(self.layers):
             for name, shape in {
@@ -117,10 +120,14 @@ LLAMA3 = {
 }
 # S: https://huggingface.co/HuggingFaceTB/SmolLM2-135M, config.json; M: https://huggingface.co/Qwen/Qwen2.5-0.5B, config.json;
 # L: https://huggingface.co/meta-llama/Llama-3.2-1B, config.json.
+# XL: https://huggingface.co/meta-llama/Llama-3.1-8B, config.json, for memory alone.
 # XS only tries whether every tool works.
 SHAPES = {
     "S": Shape("Llama, SmolLM2-135M", 30, 576, 1536, 9, 3, 49152, 8192, 100000.0),
     "M": Shape("Qwen2, Qwen2.5-0.5B", 24, 896, 4864, 14, 2, 151936, 32768, 1000000.0, "qwen2"),
     "L": Shape("Llama, Llama-3.2-1B", 16, 2048, 8192, 32, 8, 128256, 131072, 500000.0, rope_scaling=LLAMA3),
+    "XL": Shape(
+        "Llama, Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128256, 131072, 500000.0, rope_scaling={**LLAMA3, "factor": 8.0}, tied=False
+    ),
     "XS": Shape("Llama, two small layers", 2, 64, 128, 4, 2, 4096, 1024, 10000.0),
 }

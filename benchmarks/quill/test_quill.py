@@ -1,4 +1,4 @@
-# ruff: noqa: D103 - the name of a test says what is true; a docstring would repeat it
+
 """What the training of ``builtin:quill`` promises, on inputs small enough for seconds."""
 
 from __future__ import annotations

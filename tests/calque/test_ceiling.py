@@ -78,7 +78,7 @@ def test_what_cannot_fit_is_refused_with_the_least_that_would_do() -> None:
 
 def test_proof_runs_by_blocks_only_where_the_whole_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     needs = {"convert": 100, "prove": 10**12, "prove_by_blocks": 10**9}
-    monkeypatch.setattr(preflight, "peak_memory", lambda _: needs)
+    monkeypatch.setattr(preflight, "peak_memory", lambda *_: needs)
     model = settled()
     least = memory_plan.require_memory(model, 10**9, blocks=True)
     assert least == preflight.smallest_block(model)

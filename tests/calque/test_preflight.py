@@ -13,6 +13,7 @@ from calque.console import size
 from calque.errors import WeightMismatch, WontFit
 from calque.passes.cache_dynamic import CacheDynamic
 from calque.passes.cache_static import CacheStatic
+from calque.passes.quantize_weights import QuantizeWeights
 from calque.passes.transpose_linear import TransposeLinear
 from calque.weights import PIECE_BYTES
 from tests.tiny_models import source_of, traced
@@ -85,7 +86,29 @@ def test_memory_for_converting_does_not_hold_the_model() -> None:
     sizes = preflight.sizes(model)
     memory, tools = sizes["peak_memory_bytes"], preflight.TOOLS_BYTES + preflight.NODE_BYTES * len(model.graph.nodes)
     assert memory["convert"] == tools + preflight.PIECE_COPIES * PIECE_BYTES  # all else is smaller than a piece
-    assert memory["prove"] == tools + preflight.RUNTIME_BYTES + 2 * sizes["weights_bytes"]
+    answers = preflight.PROOF_POSITIONS * 4 * model.weights["lm_head.weight"].shape[0]
+    assert memory["prove"] == tools + preflight.RUNTIME_BYTES + answers + sizes["weights_bytes"]
+
+
+def test_memory_for_proving_holds_the_checkpoint_and_what_is_made_of_it_while_that_is_loaded() -> None:
+    model, stored = traced("llama"), 1 << 30
+    tools = preflight.TOOLS_BYTES + preflight.NODE_BYTES * len(model.graph.nodes)
+    assert preflight.peak_memory(model, stored)["prove"] == tools + stored + preflight.sizes(model)["weights_bytes"]
+
+
+def test_table_that_a_product_reads_too_is_twice_in_the_runtime() -> None:
+    tied, model = traced("gpt2"), traced("llama")
+    table = 4 * math.prod(tied.weights["lm_head.weight"].shape)
+    assert preflight._opened_bytes(tied) == preflight.weights_bytes(tied) + table
+    assert preflight._opened_bytes(model) == preflight.weights_bytes(model)
+
+
+def test_integers_are_kept_on_the_disk_beside_the_artifact_until_the_end() -> None:
+    model = traced("llama")
+    assert preflight.integers_bytes(model) == 0
+    passes.run([QuantizeWeights(embedding="int4", head="int4")], model)
+    elements = sum(math.prod(weight.shape) for weight in model.replaced.values())
+    assert preflight.integers_bytes(model) == elements // 2 + elements // 32 * 4
 
 
 @pytest.mark.parametrize(("size", "promised"), [("hidden_size", 10**6), ("vocab_size", 10**6), ("num_hidden_layers", 1000)])

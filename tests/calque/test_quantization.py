@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from calque.packing import pack, pack_zero_points, unpack, unpacked_weight
-from calque.quantization import QuantizedWeight, Scheme, bounds, dequantize, quantize
+from calque.quantization import Scheme, bounds, dequantize, quantize
+from calque.quantized_weight import QuantizedWeight
 from calque.weights import Derived, Weight
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from calque import ops  # noqa: F401  # what is translated must be known
 from calque.checkpoint import read_headers
 from calque.packing import pack
-from calque.quantization import QuantizedWeight, Scheme
+from calque.quantization import Quantized, Scheme, dequantize, quantize
+from calque.quantized_weight import QuantizedWeight
 from calque.targets._to_onnx import _InPieces
 from calque.weights import Derived, Stored, Weight, cast, pieces, transpose
 
@@ -65,12 +65,38 @@ def test_integers_in_pieces_are_those_of_the_whole(scheme: Scheme, stored: dict[
     quantized = QuantizedWeight.nearest(stored["one"], scheme)
     for name, part in quantized.parts().items():
         assert torch.equal(torch.cat(list(pieces(part, 7 * COLUMNS * 4))), whole[name]), name
-    assert not quantized._kept  # what was kept for later is let go once it is read
     floats = QuantizedWeight.nearest(stored["one"], scheme).dequantized()
     assert torch.equal(floats.read_rows(11, 50), floats.read()[11:50])
 
 
-def test_scales_read_in_another_order_are_made_anew(stored: dict[str, Stored]) -> None:
+@pytest.mark.parametrize("scheme", [Scheme(4, 16, symmetric=False), Scheme(8, 0)], ids=str)
+def test_integers_are_made_once_however_often_and_in_whatever_pieces_they_are_read(scheme: Scheme, stored: dict[str, Stored]) -> None:
+    reads: list[tuple[int, int]] = []
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        reads.append((start, stop))
+        return stored["one"].read_rows(start, stop)
+
+    counted = Derived((), "counted", partial(rows, 0, ROWS), "bfloat16", (ROWS, COLUMNS), rows=rows)
+    quantized, expected = QuantizedWeight.nearest(counted, scheme), quantize(stored["one"].read(), scheme)
+    floats = quantized.dequantized()
+    assert torch.equal(floats.read_rows(8, 40), dequantized(expected, scheme)[8:40])
+    first = list(reads)
+    for name, part in quantized.parts().items():
+        assert torch.equal(part.read_rows(10, 30), getattr(expected, name)[10:30]), name
+        assert part.read_rows(10, 30).dtype == getattr(expected, name).dtype
+    assert reads == first
+    assert torch.equal(floats.read(), dequantized(expected, scheme))
+    made = len(reads)
+    assert torch.equal(torch.cat(list(pieces(floats, 7 * COLUMNS * 4))), dequantized(expected, scheme))
+    assert len(reads) == made
+
+
+def dequantized(made: Quantized, scheme: Scheme) -> torch.Tensor:
+    return dequantize(made.q, made.scale, made.zero_point, scheme.group)
+
+
+def test_scales_read_in_another_order_are_those_of_the_same_rows(stored: dict[str, Stored]) -> None:
     parts = QuantizedWeight.nearest(stored["one"], Scheme()).parts()
     scale = parts["scale"].read()
     parts["q"].read_rows(40, 60)

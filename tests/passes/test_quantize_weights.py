@@ -20,7 +20,8 @@ from calque.gptq import gptq
 from calque.passes.cache_dynamic import CacheDynamic
 from calque.passes.pack_weights import PackWeights
 from calque.passes.quantize_weights import QuantizeWeights
-from calque.quantization import Quantized, QuantizedWeight, Scheme, dequantize, quantize
+from calque.quantization import Quantized, Scheme, dequantize, quantize
+from calque.quantized_weight import QuantizedWeight
 from calque.source import ModelSource
 from calque.traced import TracedModel, user_nodes
 from calque.validation.eager import with_weights

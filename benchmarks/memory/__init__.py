@@ -1,0 +1,1 @@
+"""What conversions take of memory and disk, beside what is predicted."""
