@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +150,7 @@ class QualityGate:
         return rows
 
     def _keep(self, model: TracedModel, eager: Module, rows: Sequence[Row]) -> Baseline:
+        from calque.validation.eager import eager_draft
         from calque.validation.quality import Baseline
 
         folder = self.scratch / "quality"
@@ -161,6 +163,7 @@ class QualityGate:
             text=self.text is not None,
             layers=max(model.layers, 1),
             longest=self.about["longest"],
+            draft=partial(eager_draft, eager),
         )
 
     def _answer(self, model: TracedModel, eager: Module) -> Any:

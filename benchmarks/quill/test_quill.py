@@ -1,4 +1,3 @@
-
 """What the training of ``builtin:quill`` promises, on inputs small enough for seconds."""
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,19 @@ from numpy.typing import NDArray
 
 from calque.errors import SourceUnreadable
 from calque.validation.drive import ModelIO
-from calque.validation.eager import eager_outputs
-from calque.validation.quality import LARGEST_LOSS, NEW_TOKENS, PROMPT, Answer, Baseline, Row, continuing, session_answer, session_continue
+from calque.validation.eager import eager_draft, eager_outputs
+from calque.validation.quality import (
+    LARGEST_LOSS,
+    NEW_TOKENS,
+    PROMPT,
+    Answer,
+    Baseline,
+    Draft,
+    Row,
+    continuing,
+    session_answer,
+    session_continue,
+)
 from tests.validation.gate import gate
 
 ROWS = [tuple(int(token) for token in np.random.default_rng(row).integers(3, 200, 24)) for row in range(3)]
@@ -136,6 +148,52 @@ def test_greedy_decoding_is_the_originals_own(tmp_path: Path) -> None:
     generated: Any = model.generate(torch.tensor([ROWS[0][:PROMPT]]), max_new_tokens=4, do_sample=False, eos_token_id=None)  # type: ignore
     assert [prompt for _, prompt in kept.continued] == [PROMPT] * 3
     assert kept.continued[0][0] == tuple(generated[0].tolist())
+
+
+def wrong(rows: Sequence[Row], count: int) -> list[Row]:
+    """Guesses one token for ever."""
+    return [(*row, *[7] * count) for row in rows]
+
+
+def test_a_guess_changes_how_often_the_original_is_asked_and_nothing_else(tmp_path: Path) -> None:
+    model = gate("llama").model
+    asked: list[Row] = []
+
+    def answer(row: Row) -> Mapping[str, NDArray[np.float32]]:
+        asked.append(row)
+        return eager(model)(row)
+
+    drafts: dict[str, Draft] = {"none": lambda rows, count: rows, "its own": partial(eager_draft, model), "wrong": wrong}
+    found, calls = {}, {}
+    for name, draft in drafts.items():
+        asked.clear()
+        (tmp_path / name).mkdir()
+        found[name] = Baseline.keep(answer, ROWS, tmp_path / name, causal=True, text=True, draft=draft).continued
+        calls[name] = len(asked) - len(ROWS)
+    assert found["none"] == found["its own"] == found["wrong"]
+    assert calls["none"] == len(ROWS) * NEW_TOKENS
+    assert calls["its own"] == len(ROWS)
+    assert calls["wrong"] <= calls["none"]
+
+
+def test_a_guess_is_left_where_the_original_gives_the_last_logits_alone(tmp_path: Path) -> None:
+    model = gate("llama").model
+    plain = Baseline.keep(eager(model), ROWS, tmp_path, causal=True, text=True, longest=20).continued
+    last = Baseline.keep(
+        lambda row: {"logits": eager(model)(row)["logits"][-1:]},
+        ROWS,
+        tmp_path,
+        causal=True,
+        text=True,
+        longest=20,
+        draft=partial(eager_draft, model),
+    ).continued
+    assert last == plain
+
+
+def test_a_model_without_a_cache_is_not_guessed() -> None:
+    rows = [(3, 4, 5)]
+    assert eager_draft(torch.nn.Linear(2, 2), rows, 4) == rows
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
