@@ -48,7 +48,7 @@ def open_target(recipe: Recipe) -> Target:
     """Return the target with the recipe's options.
 
     Raises:
-        UsageError: no such target, no such option, or a scenario that no model has.
+        UsageError: no such target, no such option, a scenario that no model has, or a text that cannot be read.
         Unsupported: settings that this version, or the target, cannot follow.
     """
     target = targets.make(recipe.target, recipe.options)
@@ -60,6 +60,9 @@ def open_target(recipe: Recipe) -> Target:
         refused.append(f"precision: {recipe.precision}  {recipe.target} has {', '.join(target.precisions)}")
     if recipe.layout not in (layouts := targets.layouts(target, recipe.precision)):
         refused.append(f"layout: {recipe.layout}  {recipe.target} in {recipe.precision} has {', '.join(layouts)}")
+    for text in (recipe.parity.text, recipe.calibration.text if recipe.calibration else None):
+        if text:
+            read_text(Path(text))  # that it can be read is known before any work
     if refused:
         raise Unsupported("the recipe asks for what this version cannot do", list(dict.fromkeys(refused)), "change these settings")
     passes.check_order(plan := plan_of(recipe, target))
@@ -168,8 +171,6 @@ class Conversion:
 
     def trace(self) -> TracedModel:
         """Return the traced model, its ledger balanced, its limits those of the recipe too, with the text it is measured on."""
-        if self.recipe.calibration:
-            read_text(Path(self.recipe.calibration.text))  # whether there is one is said before the work
         model = converters.load(self.source.task)(self.source)
         model.weights.check()
         model.quantized = {name: (form, NUMBERS) for name, weight in model.weights.entries.items() if (form := form_of(weight))}

@@ -23,7 +23,10 @@ def require_tools(allowed: int | None) -> None:
     """
     if allowed is not None and allowed < preflight.TOOLS_BYTES:
         takes = size(preflight.TOOLS_BYTES)
-        raise WontFit(f"torch and transformers alone take {takes}, {size(allowed)} are allowed", fix="allow more with --max-memory")
+        raise WontFit(
+            f"torch and transformers alone take {takes}, {size(allowed)} are allowed",
+            fix="allow more with --max-memory; --plan says how much this model takes",
+        )
 
 
 def require_memory(model: TracedModel, allowed: int | None, blocks: bool, mapped: int = 0) -> int:
@@ -43,5 +46,6 @@ def require_memory(model: TracedModel, allowed: int | None, blocks: bool, mapped
         raise WontFit(f"the conversion does not fit into {size(allowed)} of memory", lines, fix)
     if needs["prove"] <= allowed:
         return 0
-    room = (allowed - needs["prove_by_blocks"]) // preflight.block_copies(model)
-    return min(LARGEST_BLOCK, preflight.smallest_block(model) + room)
+    smallest = preflight.smallest_block(model)
+    room = allowed - needs["prove_by_blocks"] + preflight.block_memory(model, smallest)
+    return max(smallest, min(LARGEST_BLOCK, preflight.block_for(model, room)))

@@ -17,7 +17,7 @@ from calque.artifact import MANIFEST, REPORT, Artifact, Check, Proof, file_sha25
 from calque.checkpoint import read_json
 from calque.companions import CONFIG, licence_note
 from calque.console import size
-from calque.conversion import Conversion, open_target, resolve, use_threads
+from calque.conversion import QUANTIZING, Conversion, open_target, resolve, use_threads
 from calque.errors import TargetUnavailable, Unsupported
 from calque.quality_gate import QualityGate
 from calque.recipe import Recipe
@@ -120,7 +120,8 @@ def emit(conversion: Conversion, model: TracedModel, folder: Path, stages: Stage
         limits=limits,
     )
     artifact, more = targets.finish(target, artifact, source.config)
-    return artifact, report.noted(*notes, *more, *facts.quantized_notes(model), conversion.shortened(limits))
+    said = (*facts.quantized_notes(model), *facts.unquantized_notes(done.get(QUANTIZING)))
+    return artifact, report.noted(*notes, *more, *said, conversion.shortened(limits))
 
 
 def prove(conversion: Conversion, artifact: Artifact, report: Report, scratch: Path, stages: Stages) -> tuple[Proof, Report]:
@@ -153,6 +154,7 @@ def prove(conversion: Conversion, artifact: Artifact, report: Report, scratch: P
         if exact := targets.exact(conversion.target, artifact, conversion.recipe.threads):
             session = exact
             proof, rows = prove_exactly(artifact, exact, chosen, expected, (proof, rows))
+            report = report.noted(facts.routed_note(ModelIO.of(artifact)))
         layers, note = layer_parity(session, ModelIO.of(artifact, exact=True), shown, states) if shown and states else ((), note)
     if proof.numerics.status == "failed":
         with stages("bisect"):
@@ -181,6 +183,7 @@ def prove_by_blocks(conversion: Conversion, artifact: Artifact, report: Report, 
         proof, rows = run_scenarios(artifact, conversion.in_blocks(artifact), chosen, expected)
         if targets.exact(conversion.target, artifact, conversion.recipe.threads):
             proof, rows = prove_exactly(artifact, conversion.in_blocks(artifact, exact=True), chosen, expected, (proof, rows))
+            report = report.noted(facts.routed_note(ModelIO.of(artifact)))
     why = f"the artifact was run in blocks of {size(conversion.block_bytes)} of weights, as more would pass --max-memory"
     left_out = Check("not_run", artifact.target, why)
     proof = replace(proof, numerics=replace(proof.numerics, by=BLOCKS), build=left_out, execution=left_out)

@@ -34,8 +34,8 @@ FP32 = 4
 MOMENT_COPIES = 32
 # Pieces of weights: what is read, cast, quantized and packed of one at a time.
 PIECE_COPIES = 4
-# A block's weights as they are read, laid out for the kernels and, where they are narrower, in float32: measured 4.7 of 4 bits.
-BLOCK_COPIES, WIDE_BLOCK_COPIES = 6, 3
+# How often the largest weight of a block is in memory beside the block: laid out for the kernels and, of 8 bits, in float32.
+LARGEST_COPIES, WIDE_LARGEST_COPIES = 5, 2
 SMALLEST_BLOCK = 8 << 20
 # Positions that the conversations of the proof ask for at once; blocks put together what parts of a product gave.
 PROOF_POSITIONS, PART_COPIES = 256, 2
@@ -218,7 +218,7 @@ def peak_memory(model: TracedModel, mapped: int = 0, block: int = 0) -> dict[str
         "prove": max(tools + _wide_bytes(model) + mapped, runs + answers + _opened_bytes(model)),
         "prove_by_blocks": runs
         + PART_COPIES * answers
-        + max(3 * whole, PIECE_COPIES * PIECE_BYTES, block_copies(model) * max(block, smallest_block(model))),
+        + max(3 * whole, PIECE_COPIES * PIECE_BYTES, block_memory(model, max(block, smallest_block(model)))),
     }
 
 
@@ -253,10 +253,23 @@ def _calibration_bytes(model: TracedModel) -> int:
     return rows + layer + MOMENT_COPIES * max(widths) ** 2
 
 
-def block_copies(model: TracedModel) -> int:
-    """Return how often the weights of a block are in memory while it runs."""
-    wide = all(torch_dtype_name(weight) in ("float32", "int64", "bool") for weight in model.weights.distinct())
-    return WIDE_BLOCK_COPIES if wide else BLOCK_COPIES
+def block_memory(model: TracedModel, block: int) -> int:
+    """Return the bytes that running blocks of ``block`` bytes of weights takes; of a larger weight a block has some rows."""
+    copies, largest = _largest(model)
+    return min(block, weights_bytes(model)) + copies * min(block, largest)
+
+
+def block_for(model: TracedModel, memory: int) -> int:
+    """Return how large blocks may be that take so much memory, the other way round."""
+    copies, largest = _largest(model)
+    return max(memory // (1 + copies), memory - copies * largest)
+
+
+def _largest(model: TracedModel) -> tuple[int, int]:
+    """Return how often the largest weight of a block is in memory beside it, and the bytes of the model's largest."""
+    distinct = model.weights.distinct()
+    wide = all(torch_dtype_name(weight) in ("float32", "int64", "bool") for weight in distinct)
+    return (WIDE_LARGEST_COPIES if wide else LARGEST_COPIES), max(map(emitted_bytes, distinct), default=0)
 
 
 def smallest_block(model: TracedModel) -> int:

@@ -258,7 +258,7 @@ class QualityGate:
     def said(self) -> list[str]:
         """Return sentences that the user should know."""
         if not self.asked:
-            return []
+            return self.notes
         random = (
             f"Quality was measured on {RANDOM}, which says little of real use: name a text with --text FILE." if self.text is None else ""
         )

@@ -29,7 +29,7 @@ from torch.fx import Node
 from calque.activation_ranges import ActivationRange, Method, steps
 from calque.calibration import observe
 from calque.errors import UsageError
-from calque.passes import Rewrites
+from calque.passes import AS_ASKED, Rewrites
 from calque.patterns import calls
 from calque.products import PRODUCTS
 from calque.traced import call
@@ -102,7 +102,7 @@ class QuantizeActivations:
             if weight not in names or value in names or _is_rounded(value):
                 continue
             if any(fnmatchcase(names[weight], pattern) for pattern in self.keep):
-                kept.append((names[weight], "kept as it is"))
+                kept.append((names[weight], AS_ASKED))
             else:
                 found.append((node, names[weight]))
         return found, kept

@@ -35,7 +35,7 @@ from calque.calibrated import Awq, Calibration, Gptq
 from calque.calibration import products_of
 from calque.errors import UsageError
 from calque.integers_file import IntegersFile
-from calque.passes import Rewrites
+from calque.passes import AS_ASKED, Rewrites
 from calque.patterns import aten
 from calque.products import Reading, products_behind, readings
 from calque.quantization import SHORTEST_GROUP, Scheme, round_blocks
@@ -154,7 +154,7 @@ class QuantizeWeights:
         """Return how the weight is quantized, or why it is not."""
         storage = self._storage(owners, read, heads, routers)
         if storage == "keep":
-            return "kept as it is"
+            return AS_ASKED
         weight = model.weights[owners[0][0]]
         if kept := self._kept(read.rows(_as_stored(weight)), BITS[storage], owners):
             return kept

@@ -71,23 +71,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     work = args.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    runs = []
+    args.results.mkdir(parents=True, exist_ok=True)
+    found = earlier(args.results / "results.json")
     for name in args.cases:
         prepare(CASES[name].shape, work, Path(sys.executable))
-        runs.append(run(name, work))
-        print(table(runs[-1:]), file=sys.stderr, flush=True)
+        found[name] = run(name, work)
+        print(table([found[name]]), file=sys.stderr, flush=True)
+    runs = [found[name] for name in CASES if name in found]
     results: dict[str, Any] = {
         "schema": 1,
-        "command": f"python -m benchmarks.memory.run --cases {' '.join(args.cases)}",
+        "command": f"python -m benchmarks.memory.run --cases {' '.join(one.case for one in runs)}",
         "machine": machine(),
         "tools": {"Calque": {"command": "calque convert --target onnxruntime", "versions": versions(Path(sys.executable))}},
         "runs": [asdict(one) for one in runs],
     }
-    args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (args.results / "results.md").write_text(markdown(results, [table(runs)], TITLE, NOTES), encoding="utf-8")
     print(table(runs))
-    return int(any(one.message for one in runs))
+    return int(any(found[name].message for name in args.cases))
+
+
+def earlier(path: Path) -> dict[str, Run]:
+    """Return what was measured before, by case: the largest is not measured again for the sake of the others."""
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    return {one["case"]: Run(**one) for one in runs}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -145,15 +152,17 @@ class Disk:
 
     def _watch(self) -> None:
         while not self.ended.wait(INTERVAL_S):
-            self.largest = max(self.largest, sum(self._sizes()))
+            self.largest = max(self.largest, sum(dict(self._sizes()).values()))
 
-    def _sizes(self) -> Iterator[int]:
+    def _sizes(self) -> Iterator[tuple[int, int]]:
+        """Yield inode and bytes of each file, of some twice."""
         files = [Path(place, name) for place, _, names in os.walk(self.folder) for name in names]
         for path in (*files, *Path("/proc").glob("[0-9]*/fd/*")):
             with suppress(OSError):  # it is gone meanwhile, or another user's
                 nameless = path.is_symlink() and (link := os.readlink(path)).startswith(f"{self.folder}/") and link.endswith("(deleted)")
                 if nameless or not path.is_symlink():
-                    yield path.stat().st_blocks * 512
+                    found = path.stat()
+                    yield found.st_ino, found.st_blocks * 512
 
 
 if __name__ == "__main__":

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from calque import ceiling, conversion, memory_plan, passes, pipeline, preflight
 from calque.artifact import Artifact
-from calque.errors import ParityFailed, WontFit
+from calque.errors import ParityFailed, UsageError, WontFit
 from calque.passes.cache_dynamic import CacheDynamic
 from calque.recipe import Recipe
 from calque.targets._blocks import BlockSession
@@ -113,6 +115,28 @@ def test_proof_by_blocks_says_what_the_whole_proof_says(precision: str, tmp_path
     assert "blocks of 600 kB" in (blocks.proof.execution.reason or "")
     for name in ("model.onnx", "model.onnx.data", "reference/single-prompt.npz", "reference/ragged-left.npz"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "blocks" / name).read_bytes(), name
+
+
+def test_quality_that_memory_has_no_room_for_is_said_to_be_unknown_or_refused_where_a_limit_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predicted = preflight.peak_memory
+    monkeypatch.setattr(preflight, "peak_memory", lambda *given: {**predicted(*given), "prove": 1 << 40})
+    asked: dict[str, Any] = {"max_memory": 4 << 30, "options": {"padding": "right"}, "parity": {"scenarios": ["single-prompt"]}}
+    made = pipeline.convert(quill(**asked), tmp_path / "out")
+    report = json.loads((made.folder / "report.json").read_text(encoding="utf-8"))
+    assert report["quality"] == {}
+    assert any(note.startswith("How good the model still is was not measured: that takes 1.1 TB of memory") for note in report["notes"])
+    with pytest.raises(WontFit, match=r"how good the model is cannot be judged in 4\.3 GB of memory"):
+        pipeline.convert(quill(**{**asked, "parity": {"max_kl": 0.1}}), tmp_path / "limit")
+
+
+def test_text_that_cannot_be_read_is_said_before_the_model_is_looked_for(tmp_path: Path) -> None:
+    for setting in ({"calibration": {"text": str(tmp_path / "none.txt")}}, {"parity": {"text": str(tmp_path / "none.txt")}}):
+        with pytest.raises(UsageError, match=r"none.txt cannot be read"):
+            pipeline.convert(
+                Recipe.of({"model": "no-such-model", "target": "onnxruntime", "precision": "int4", **setting}), tmp_path / "out"
+            )
 
 
 def test_proof_by_blocks_fails_where_a_weight_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
