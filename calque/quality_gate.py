@@ -106,8 +106,9 @@ class QualityGate:
 
         Raises:
             UsageError: the text is none for the model's tokenizer.
+            WontFit: the recipe sets a limit that could not be judged.
         """
-        if not self.asked or not model.states:
+        if not self.asked or not model.states or not self._fits(model):
             return 0  # what is kept of an encoder's texts is small
         vocabulary: int = self.conversion.source.config.get_text_config().vocab_size
         return 4 * vocabulary * sum(map(len, self._rows(model)))
