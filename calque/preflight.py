@@ -35,7 +35,7 @@ MOMENT_COPIES = 32
 # Pieces of weights: what is read, cast, quantized and packed of one at a time.
 PIECE_COPIES = 4
 # How often the largest weight of a block is in memory beside the block: laid out for the kernels and, of 8 bits, in float32.
-LARGEST_COPIES, WIDE_LARGEST_COPIES = 5, 2
+LARGEST_COPIES, WIDE_LARGEST_COPIES = 4, 2
 SMALLEST_BLOCK = 8 << 20
 # Positions that the conversations of the proof ask for at once; blocks put together what parts of a product gave.
 PROOF_POSITIONS, PART_COPIES = 256, 2

@@ -77,7 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepare(CASES[name].shape, work, Path(sys.executable))
         found[name] = run(name, work)
         print(table([found[name]]), file=sys.stderr, flush=True)
-    runs = [found[name] for name in CASES if name in found]
+        write([found[case] for case in CASES if case in found], args.results)
+    print(table([found[name] for name in args.cases]))
+    return int(any(found[name].message for name in args.cases))
+
+
+def write(runs: Sequence[Run], folder: Path) -> None:
+    """The folder holds results.json and results.md, without a path or name of this machine."""
     results: dict[str, Any] = {
         "schema": 1,
         "command": f"python -m benchmarks.memory.run --cases {' '.join(one.case for one in runs)}",
@@ -85,10 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "tools": {"Calque": {"command": "calque convert --target onnxruntime", "versions": versions(Path(sys.executable))}},
         "runs": [asdict(one) for one in runs],
     }
-    (args.results / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (args.results / "results.md").write_text(markdown(results, [table(runs)], TITLE, NOTES), encoding="utf-8")
-    print(table(runs))
-    return int(any(found[name].message for name in args.cases))
+    (folder / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(markdown(results, [table(runs)], TITLE, NOTES), encoding="utf-8")
 
 
 def earlier(path: Path) -> dict[str, Run]:
