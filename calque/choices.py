@@ -17,6 +17,9 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 REQUIREMENTS: tuple[Requirement, ...] = get_args(Requirement)
 REPORT_FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
 
+# Why a pass leaves what it was told to leave; other reasons are news to the user.
+AS_ASKED = "kept as it is"
+
 # The precisions that are a narrower type than float32, and that type as torch calls it.
 NARROW: dict[str, NarrowType] = {"fp16": "float16", "bf16": "bfloat16"}
 # The precisions whose weights are integers: what makes them so of the pass that does.

@@ -6,16 +6,14 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from calque.passes import AS_ASKED
+from calque.choices import AS_ASKED
 from calque.weights import emitted_bytes, torch_dtype_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
-    from calque.passes import Rewrites
     from calque.source import ModelSource
     from calque.traced import TracedModel
-    from calque.validation.drive import ModelIO
 
 # Of many weights alike, as many are named.
 FEW = 2
@@ -42,23 +40,13 @@ def quantized_notes(model: TracedModel) -> list[str]:
     return [f"Weights that the checkpoint holds as {form}: {_counted(names)} {fate}." for (form, fate), names in fates.items()]
 
 
-def unquantized_notes(done: Rewrites | None) -> list[str]:
-    """Return which weights quantize_weights, whose work is ``done``, did not treat as asked, one sentence a reason."""
+def unquantized_notes(skipped: Iterable[tuple[str, str]]) -> list[str]:
+    """Return which weights quantize_weights did not treat as asked, one sentence a reason; ``skipped``: what it left, and why."""
     reasons: dict[str, list[str]] = {}
-    for name, reason in done.skipped if done else ():
+    for name, reason in skipped:
         if reason != AS_ASKED:
             reasons.setdefault(reason, []).append(name)
     return [f"Not quantized as the rest: {_counted(names)}: {reason}." for reason, names in reasons.items()]
-
-
-def routed_note(io: ModelIO) -> str:
-    """Return the sentence that says what the rows of an artifact that rounds activations cannot show; nothing where they can."""
-    if not (io.rounded and io.routed):
-        return ""
-    return (
-        "Rounded activations may choose other experts at a near tie, so the rows as the artifact is are held to a wide limit and see "
-        "gross faults alone; the same file without that rounding is held to the limits of float32."
-    )
 
 
 def _counted(names: list[str]) -> str:

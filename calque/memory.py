@@ -6,10 +6,12 @@ import ctypes
 import errno
 import re
 
-# torch, safetensors and the C++ library have no exception type for it.
-_SAID = re.compile(r"can(not|'t) allocate memory|not enough memory|out of memory|std::bad_alloc|can't start new thread", re.IGNORECASE)
-
-
+# torch, safetensors and the C++ library have no exception type for it; C code that got no memory forgets to raise any.
+_SAID = re.compile(
+    r"can(not|'t) allocate memory|not enough memory|out of memory|std::bad_alloc|can't start new thread"
+    r"|without exception set|without setting an exception",
+    re.IGNORECASE,
+)
 _ASKED = re.compile(r"tried to allocate (\d+) bytes", re.IGNORECASE)
 
 

@@ -120,7 +120,8 @@ def emit(conversion: Conversion, model: TracedModel, folder: Path, stages: Stage
         limits=limits,
     )
     artifact, more = targets.finish(target, artifact, source.config)
-    said = (*facts.quantized_notes(model), *facts.unquantized_notes(done.get(QUANTIZING)))
+    left = done[QUANTIZING].skipped if QUANTIZING in done else ()
+    said = (*facts.quantized_notes(model), *facts.unquantized_notes(left))
     return artifact, report.noted(*notes, *more, *said, conversion.shortened(limits))
 
 
@@ -131,7 +132,7 @@ def prove(conversion: Conversion, artifact: Artifact, report: Report, scratch: P
     from calque.validation.drive import ModelIO
     from calque.validation.layers import layer_parity, states_alone, telling_scenario
     from calque.validation.prove import prove as run_scenarios
-    from calque.validation.prove import prove_exactly
+    from calque.validation.prove import prove_exactly, routed_note
     from calque.validation.reference import store_reference
 
     chosen = conversion.scenarios(artifact.limits, artifact.states)
@@ -154,7 +155,7 @@ def prove(conversion: Conversion, artifact: Artifact, report: Report, scratch: P
         if exact := targets.exact(conversion.target, artifact, conversion.recipe.threads):
             session = exact
             proof, rows = prove_exactly(artifact, exact, chosen, expected, (proof, rows))
-            report = report.noted(facts.routed_note(ModelIO.of(artifact)))
+            report = report.noted(routed_note(artifact))
         layers, note = layer_parity(session, ModelIO.of(artifact, exact=True), shown, states) if shown and states else ((), note)
     if proof.numerics.status == "failed":
         with stages("bisect"):
@@ -171,7 +172,7 @@ def prove_by_blocks(conversion: Conversion, artifact: Artifact, report: Report, 
     """
     from calque.validation.drive import ModelIO
     from calque.validation.prove import prove as run_scenarios
-    from calque.validation.prove import prove_exactly
+    from calque.validation.prove import prove_exactly, routed_note
     from calque.validation.reference import store_reference
 
     chosen = conversion.scenarios(artifact.limits, artifact.states)
@@ -183,7 +184,7 @@ def prove_by_blocks(conversion: Conversion, artifact: Artifact, report: Report, 
         proof, rows = run_scenarios(artifact, conversion.in_blocks(artifact), chosen, expected)
         if targets.exact(conversion.target, artifact, conversion.recipe.threads):
             proof, rows = prove_exactly(artifact, conversion.in_blocks(artifact, exact=True), chosen, expected, (proof, rows))
-            report = report.noted(facts.routed_note(ModelIO.of(artifact)))
+            report = report.noted(routed_note(artifact))
     why = f"the artifact was run in blocks of {size(conversion.block_bytes)} of weights, as more would pass --max-memory"
     left_out = Check("not_run", artifact.target, why)
     proof = replace(proof, numerics=replace(proof.numerics, by=BLOCKS), build=left_out, execution=left_out)

@@ -30,10 +30,6 @@ if TYPE_CHECKING:
 STORING = {"cast_precision": ("dtype", "arithmetic"), "quantize_activations": ("mode",), "quantize_weights": ("bits",)}
 
 
-# Why a pass leaves what it was told to leave; other reasons are news to the user.
-AS_ASKED = "kept as it is"
-
-
 @dataclass(frozen=True)
 class Rewrites:
     """How many places a pass rewrote, and which it left alone for what reason."""

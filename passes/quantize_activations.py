@@ -28,8 +28,9 @@ from torch.fx import Node
 
 from calque.activation_ranges import ActivationRange, Method, steps
 from calque.calibration import observe
+from calque.choices import AS_ASKED
 from calque.errors import UsageError
-from calque.passes import AS_ASKED, Rewrites
+from calque.passes import Rewrites
 from calque.patterns import calls
 from calque.products import PRODUCTS
 from calque.traced import call

@@ -33,9 +33,10 @@ from torch.fx import Node
 
 from calque.calibrated import Awq, Calibration, Gptq
 from calque.calibration import products_of
+from calque.choices import AS_ASKED
 from calque.errors import UsageError
 from calque.integers_file import IntegersFile
-from calque.passes import AS_ASKED, Rewrites
+from calque.passes import Rewrites
 from calque.patterns import aten
 from calque.products import Reading, products_behind, readings
 from calque.quantization import SHORTEST_GROUP, Scheme, round_blocks

@@ -61,6 +61,17 @@ def prove_exactly(
     return proof.joined(as_it_is[0]), [*rows, *as_it_is[1]]
 
 
+def routed_note(artifact: Artifact) -> str:
+    """Return the sentence that says what the rows of an artifact that rounds activations cannot show; nothing where they can."""
+    io = ModelIO.of(artifact)
+    if not (io.rounded and io.routed):
+        return ""
+    return (
+        "Rounded activations may choose other experts at a near tie, so the rows as the artifact is are held to a wide limit and see "
+        "gross faults alone; the same file without that rounding is held to the limits of float32."
+    )
+
+
 def _numerics(by: str, rows: Sequence[Row]) -> Check:
     compared = [row for row in rows if row["status"] != "not_run"]
     failed = [row for row in rows if row["status"] == "failed"]

@@ -13,7 +13,8 @@ NOTES = """\
 Each cell: predicted / measured MB, and by how much the prediction is high. *convert* and *proof* are the highest resident memory of
 those stages, *peak* that of the whole tree of processes sampled every 20 ms, pages of mapped files included; *disk* is the most that
 was taken of the disk at any moment, what the conversion deletes again included. *by*: whether the proof ran the whole artifact or
-blocks of it, as the ceiling asks for. Weights are random bfloat16."""
+blocks of it, as the ceiling asks for. Weights are random bfloat16. Processor and wall seconds are not of a quiet
+machine: nothing here depends on them."""
 COLUMNS = ("convert", "prove", "peak", "artifact", "disk")
 
 

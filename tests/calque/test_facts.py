@@ -1,16 +1,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 
 from calque import passes
-from calque.facts import count_parameters, routed_note, source_facts, unquantized_notes, weights_by_layer
-from calque.passes import AS_ASKED, Rewrites
+from calque.choices import AS_ASKED
+from calque.facts import count_parameters, source_facts, unquantized_notes, weights_by_layer
 from calque.passes.cache_dynamic import CacheDynamic
 from calque.passes.transpose_linear import TransposeLinear
-from calque.validation.drive import ModelIO
 from tests.tiny_models import TINY, source_of, traced
 
 EMBEDDING = {"llama": "embeddings", "gemma3_text": "embeddings and head (tied)", "gpt2": "embeddings"}
@@ -44,15 +42,8 @@ def test_a_tied_head_is_counted_with_the_embeddings() -> None:
 
 
 def test_weights_that_are_not_quantized_as_the_rest_are_named_once_a_reason_unless_they_were_to_stay() -> None:
-    done = Rewrites(3, (("a", AS_ASKED), ("b", "is odd"), ("c", "is odd"), ("d", "is even")))
-    assert unquantized_notes(done) == ["Not quantized as the rest: 2 (b, c): is odd.", "Not quantized as the rest: 1 (d): is even."]
-    assert unquantized_notes(None) == []
-
-
-def test_only_a_mixture_that_rounds_activations_is_said_to_be_held_to_a_wide_limit() -> None:
-    io = ModelIO("model", (), (), ())
-    assert "gross faults" in routed_note(replace(io, rounded=True, routed=True))
-    assert routed_note(replace(io, rounded=True)) == routed_note(replace(io, routed=True)) == ""
+    skipped = [("a", AS_ASKED), ("b", "is odd"), ("c", "is odd"), ("d", "is even")]
+    assert unquantized_notes(skipped) == ["Not quantized as the rest: 2 (b, c): is odd.", "Not quantized as the rest: 1 (d): is even."]
 
 
 def test_the_source_is_said_with_its_type_task_parameters_and_dtype() -> None:

@@ -233,13 +233,6 @@ def test_what_is_not_faithful_is_not_said_to_be_merely_bad(tmp_path: Path) -> No
         made.raise_if_failed(Proof(Check("failed"), failures=tuple(made.failures())))
 
 
-def test_a_text_that_cannot_be_read_is_said_before_any_work(tmp_path: Path) -> None:
-    stages: list[str] = []
-    with pytest.raises(UsageError, match="cannot be read"):
-        pipeline.convert(recipe(parity={"text": str(tmp_path / "none.txt")}), tmp_path / "out", progress=stages.append)
-    assert stages == ["source"]
-
-
 def test_a_text_needs_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "some.txt").write_text("some words")
     with pytest.raises(UsageError, match="no tokenizer"):

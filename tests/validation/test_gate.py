@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from calque.artifact import Check
 from calque.errors import ArtifactUnreadable, ParityFailed
 from calque.validation.compare import compare
 from calque.validation.drive import ModelIO
-from calque.validation.prove import prove, round_up
+from calque.validation.prove import prove, round_up, routed_note
 from tests.eager_session import EagerSession
 from tests.tiny_models import TINY
 from tests.validation.gate import Broken, gate
@@ -288,3 +289,10 @@ def test_a_scenario_left_out_is_said_in_the_proof() -> None:
 )
 def test_round_up_goes_to_one_two_or_five(value: float, rounded: float) -> None:
     assert round_up(value) == rounded
+
+
+def test_only_a_mixture_that_rounds_activations_is_said_to_be_held_to_a_wide_limit() -> None:
+    dense = gate("llama").artifact
+    rounded = replace(dense, precision="int4")
+    assert "gross faults" in routed_note(replace(rounded, passes={"fuse_experts": 2}))
+    assert routed_note(rounded) == routed_note(replace(dense, passes={"fuse_experts": 2})) == ""
