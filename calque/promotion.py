@@ -126,21 +126,23 @@ class Layers:
 
     def continued(self, found: Found) -> Found:
         """Return what was found, with how far greedy decoding goes the original's way; the model holds the levels found."""
-        from calque.validation.quality import continuing
-
         self.hold(found.levels)
-        matched, of = self.baseline.greedy(continuing(self.answer))
-        return replace(found, quality=replace(found.quality, greedy_matched=matched, greedy_tokens=of))
+        return replace(found, quality=self._with_greedy(found.quality))
 
     def as_written(self, found: Found, model: TracedModel) -> Found:
         """Return what was found, judged anew with the weights of a model whose passes were told of the promotions."""
         from calque.validation.eager import with_weights
-        from calque.validation.quality import continuing
 
         self.hold({})
         with_weights(self.eager, model.replaced)
+        return replace(found, quality=self._with_greedy(self.baseline.compare(self.answer)))
+
+    def _with_greedy(self, quality: Quality) -> Quality:
+        """Return the quality of the model as it is held now, with how far its greedy decoding goes the original's way."""
+        from calque.validation.quality import continuing
+
         matched, of = self.baseline.greedy(continuing(self.answer))
-        return replace(found, quality=replace(self.baseline.compare(self.answer), greedy_matched=matched, greedy_tokens=of))
+        return replace(quality, greedy_matched=matched, greedy_tokens=of)
 
     def promotable(self, levels: Levels, to: int) -> list[str]:
         """Return the layers of which some weight has more bits at the level ``to``."""

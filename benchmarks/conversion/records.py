@@ -84,8 +84,8 @@ def read_stages(out: Path) -> list[dict[str, Any]]:
 
 def stage_peaks(stages: list[dict[str, Any]]) -> dict[str, int]:
     """Return the peak memory of the conversion's own stages, and of its proof."""
-    proof = [stage for stage in stages if stage["name"] in PROOF]
-    return {"convert": _peak([stage for stage in stages if stage not in proof]), "prove": _peak(proof)}
+    own, proof = _apart(stages)
+    return {"convert": _peak(own), "prove": _peak(proof)}
 
 
 def divide(measured: Measured, stages: list[dict[str, Any]], whole_bytes: int, proof_bytes: int) -> tuple[Cost, Cost]:
@@ -94,15 +94,19 @@ def divide(measured: Measured, stages: list[dict[str, Any]], whole_bytes: int, p
     The conversion alone keeps all that is not the proof: its own stages, the start of the process and imports, and, at the end,
     digests and writing to disk. Its memory is that of its own stages.
     """
-    proof_stages = [stage for stage in stages if stage["name"] in PROOF]
+    own, proof_stages = _apart(stages)
     seconds = sum(stage["seconds"] for stage in proof_stages)
     cpu = None
     if measured.marked_at is not None:
         cpu = measured.cpu_at(measured.marked_at + seconds) - measured.cpu_at(measured.marked_at)
     proof = Cost(seconds, cpu, _peak(proof_stages), proof_bytes)
-    own = [stage for stage in stages if stage not in proof_stages]
     rest = None if cpu is None else measured.cpu_s - cpu
     return Cost(measured.wall_s - seconds, rest, _peak(own), whole_bytes - proof_bytes), proof
+
+
+def _apart(stages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the conversion's own stages, and those of its proof."""
+    return [stage for stage in stages if stage["name"] not in PROOF], [stage for stage in stages if stage["name"] in PROOF]
 
 
 def _peak(stages: list[dict[str, Any]]) -> int:
