@@ -261,6 +261,9 @@ def _add_nothing(command: Parser) -> None:
 def _add_conformance(command: Parser) -> None:
     task = "optimum's task name; text generation if left out"
     command.add_argument("--task", default="text-generation-with-past", metavar="TASK", help=task)
+    command.add_argument("--target", default="onnxruntime", metavar="TARGET", help="what to convert for, in the target's own precision")
+    length = "most tokens of a row; a static cache is filled to the last of so many slots"
+    command.add_argument("--max-length", type=_positive, metavar="N", help=length)
     command.add_argument("--types", type=_names, default=(), metavar="NAMES", help="types joined by commas; all of the task if left out")
     command.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="run the I-th of N parts of the types")
     command.add_argument(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from calque.errors import ArtifactUnreadable, ParityFailed
+from calque.errors import ArtifactUnreadable, BuildFailed, ParityFailed
 from calque.states import StateSpec
 
 SCHEMA = 1
@@ -68,6 +69,8 @@ class Check:
 
 
 NOT_RUN = Check("not_run", reason="not reached")
+# The worst figure of a run that agrees exactly; no smaller one is worth a digit in the manifest.
+FLOOR = 1e-9
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,14 @@ class Proof:
 
         Raises:
             ParityFailed: with every failure, first stage and layer first.
+            BuildFailed: its numbers are right, and the runtime's builder refuses it.
         """
         failed = [name for name in ("numerics", "build", "execution") if getattr(self, name).status == "failed"]
+        fix = "the rejected folder holds the artifact and report.json; nothing was written to the output folder"
+        if failed == ["build"]:
+            raise BuildFailed(f"{self.build.by} cannot build the artifact", self.failures, fix)
         if failed:
-            raise ParityFailed(
-                f"{', '.join(failed)} failed: the artifact does not agree with the eager model",
-                self.failures,
-                "the rejected folder holds the artifact and report.json; nothing was written to the output folder",
-            )
+            raise ParityFailed(f"{', '.join(failed)} failed: the artifact does not agree with the eager model", self.failures, fix)
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,15 @@ class Artifact:
             limits=Limits(**data["limits"]),
             proof=Proof(numerics, build, execution),
         )
+
+
+def round_up(value: float) -> float:
+    """Return the smallest of 1, 2 and 5 · 10ⁿ that is not below the value, at least 1e-9."""
+    value = max(value, FLOOR)
+    exponent = math.floor(math.log10(value)) - 1
+    # Written as decimal text and read back: 2 · 10⁻⁶ is then the double nearest to 2e-06, however it was reached.
+    ladder = [float(f"{digit}e{power}") for power in range(exponent, exponent + 4) for digit in (1, 2, 5)]
+    return next(step for step in ladder if step >= value)
 
 
 def require_folder(folder: Path) -> None:

@@ -146,7 +146,7 @@ def _conformance(args: argparse.Namespace) -> int:
     from calque import conformance, tasks
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it comments on the default configs of its own types
-    asked = conformance.Sweep(tasks.find(args.task), args.types, args.shard, args.again, args.timeout)
+    asked = conformance.Sweep(tasks.find(args.task), args.types, args.shard, args.again, args.timeout, args.target, args.max_length)
     total, begun = len(asked.names()), time.monotonic()
 
     def tell(name: str, record: conformance.Record) -> None:

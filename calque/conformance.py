@@ -37,7 +37,6 @@ TIMEOUT_MINUTES = 10
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 STATUSES = ("passed", "failed", "unsupported", "error")
 OF_EXIT_CODE = {0: "passed", 3: "failed", 4: "unsupported"}
-TARGET = "onnxruntime"
 
 # What makes the small config and what runs the sweep: the config itself is in the fingerprint.
 NOT_CONVERTING = {"conformance.py", "shrink.py", "features.py", "isolation.py"}
@@ -49,13 +48,19 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sweep:
-    """What to run: a task's types, thinned to one shard, and which records are made again although nothing changed."""
+    """What to run: a task's types, thinned to one shard, and which records are made again although nothing changed.
+
+    ``target``: what they are converted for, in its own precision. ``max_length``: how long a row may get, None leaves it to the model:
+    a cache of slots is filled to the last of them.
+    """
 
     task: Task
     types: tuple[str, ...] = ()
     shard: tuple[int, int] = (1, 1)
     again: frozenset[str] = frozenset()
     minutes: float = TIMEOUT_MINUTES
+    target: str = "onnxruntime"
+    max_length: int | None = None
 
     def names(self) -> list[str]:
         """Return the types to run, in order.
@@ -129,7 +134,8 @@ def run_case(asked: Sweep, name: str, code: str, known: Record | None) -> Record
                 "tools": tools(),
             }
             return known if known and known["fingerprint"] == record["fingerprint"] else record
-        fingerprint = _digest(json.dumps([_stable(folder / "config.json"), tools(), code]))
+        asks = [] if asked.target == "onnxruntime" else [asked.target, asked.max_length]
+        fingerprint = _digest(json.dumps([_stable(folder / "config.json"), tools(), code, *asks]))
         if known and known["fingerprint"] == fingerprint and not asked.again & {known["status"], "all"}:
             return known
         result = _convert(asked, folder)
@@ -140,7 +146,7 @@ def run_case(asked: Sweep, name: str, code: str, known: Record | None) -> Record
 def _convert(asked: Sweep, folder: Path) -> Record:
     """Return what `calque convert` of the config in ``folder`` came to."""
     out = folder / "out"
-    ended = isolation.call(main, arguments_of(asked.task.name, folder / "config.json", out), asked.minutes * 60)
+    ended = isolation.call(main, arguments_of(asked, folder / "config.json", out), asked.minutes * 60)
     code = ended.code
     if code is None:
         return {"status": "error", "exit_code": None, "error": f"did not end within {asked.minutes:g} minutes"}
@@ -154,9 +160,11 @@ def _convert(asked: Sweep, folder: Path) -> Record:
     return record
 
 
-def arguments_of(task: str, config: Path, out: Path) -> list[str]:
+def arguments_of(asked: Sweep, config: Path, out: Path) -> list[str]:
     """Return the command line of one conversion, the one that a user would give; small models gain nothing from more threads."""
-    return ["convert", str(config), "--random-weights", "--json", "--threads", "1", "--task", task, "--target", TARGET, "-o", str(out)]
+    longest = [] if asked.max_length is None else ["--max-length", str(asked.max_length)]
+    settings = ["--task", asked.task.name, "--target", asked.target, *longest]
+    return ["convert", str(config), "--random-weights", "--json", "--threads", "1", *settings, "-o", str(out)]
 
 
 def _measured(folder: Path) -> Record:
@@ -170,6 +178,7 @@ def _measured(folder: Path) -> Record:
     return {
         "worst_sigma": float(f"{max(figures):.1e}") if figures else None,
         "scenarios": dict(sorted(Counter(row["status"] for row in rows).items())),
+        **({} if manifest["proof"]["build"]["by"] in (None, manifest["target"]) else {"build": manifest["proof"]["build"]["status"]}),
         "limits": {name: limit for name, limit in manifest["limits"].items() if limit is not None and limit != plain.get(name)},
     }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calque import converters, memory_plan, passes, preflight, sentence, targets
+from calque.ceiling import tree_rss
 from calque.choices import NARROW
 from calque.errors import TargetUnavailable, Unsupported, UsageError
 from calque.recipe import Recipe, unbuilt_settings
@@ -52,6 +53,7 @@ def open_target(recipe: Recipe) -> Target:
         Unsupported: settings that this version, or the target, cannot follow.
     """
     target = targets.make(recipe.target, recipe.options)
+    targets.require(target)
     if recipe.parity.scenarios != "all" and (unknown := scenarios.unknown(recipe.parity.scenarios)):
         lines = [f"{name}{hint}" for name, hint in unknown.items()]
         raise UsageError("no model has these scenarios", lines, "parity: {scenarios: all} runs those that the model has")
@@ -272,9 +274,17 @@ class Conversion:
             return self.target.open(artifact, self.recipe.threads), ""
         except TargetUnavailable as error:
             why = error.what
+        return TracedSession(self.rewritten(), partial(check_limits, artifact.limits)), why
+
+    def rewritten(self) -> TracedModel:
+        """Return the model traced anew, after its passes: what the artifact was written from."""
         model = self.trace()
         passes.run(self.plan, model)
-        return TracedSession(model, partial(check_limits, artifact.limits)), why
+        return model
+
+    def room(self) -> int | None:
+        """Return how many bytes of the memory allowed nothing holds yet; None where any may be used."""
+        return None if self.recipe.max_memory is None else self.recipe.max_memory - tree_rss()
 
     def first_divergence(
         self, artifact: Artifact, chosen: list[Scenario], expected: dict[str, dict[str, Reference]], rows: Rows

@@ -6,6 +6,7 @@
     ├── UsageError (2)              bad flag, bad value, output in the way
     │   └── RecipeError (2)         a recipe that does not follow the schema
     ├── ParityFailed (3)            the artifact does not agree with the eager model
+    │   └── BuildFailed (4)         its numbers are right, and the runtime's builder refuses it
     ├── Unsupported (4)             model, operator or option that a target or task cannot express
     ├── TargetUnavailable (5)       an SDK or a device is missing
     ├── WontFit (6)                 memory or disk is too small
@@ -60,6 +61,12 @@ class ParityFailed(CalqueError):
     """The artifact disagrees with the untouched eager model."""
 
     exit_code = 3
+
+
+class BuildFailed(ParityFailed):
+    """The runtime's builder refuses an artifact whose numbers are right: it is rejected like one whose numbers are not."""
+
+    exit_code = 4
 
 
 class Unsupported(CalqueError):

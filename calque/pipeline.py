@@ -65,6 +65,7 @@ def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Callabl
             gate.judge_weights(model, stages)  # what it promotes is stored in more bits
             artifact, report = emit(conversion, model, folder, stages)
             proof, report = prove(conversion, artifact, report, Path(scratch), stages)
+            proof, report = build(conversion, artifact, proof, report, stages)
             proof = gate.judge_artifact(artifact, proof, stages)
         if proof.numerics.status == "not_run":
             raise Unsupported("nothing could be proved, so nothing was written", [proof.numerics.reason or ""], "choose scenarios that run")
@@ -151,7 +152,7 @@ def prove(conversion: Conversion, artifact: Artifact, report: Report, scratch: P
         if why:
             left_out = Check("not_run", artifact.target, why)
             proof = replace(proof, numerics=replace(proof.numerics, by=STAND_IN), build=left_out, execution=left_out)
-            report = report.noted(f"Build and execution were not run here: {why}. Numerics were proved on the {STAND_IN}.")
+            report = report.noted(f"The artifact was not run here: {why}. Numerics were proved on the {STAND_IN}.")
         if exact := targets.exact(conversion.target, artifact, conversion.recipe.threads):
             session = exact
             proof, rows = prove_exactly(artifact, exact, chosen, expected, (proof, rows))
@@ -190,6 +191,20 @@ def prove_by_blocks(conversion: Conversion, artifact: Artifact, report: Report, 
     proof = replace(proof, numerics=replace(proof.numerics, by=BLOCKS), build=left_out, execution=left_out)
     note = f"Numerics were proved by blocks: {why}. It was not opened whole here, and layers were not compared."
     return proof, replace(report, scenarios=tuple(rows)).noted(note)
+
+
+def build(conversion: Conversion, artifact: Artifact, proof: Proof, report: Report, stages: Stages) -> tuple[Proof, Report]:
+    """Return the proof with what the runtime's builder, and its device where there is one, said of an artifact whose numbers are right."""
+    target = conversion.target
+    if not isinstance(target, targets.Builds):
+        return proof, report
+    if proof.numerics.status != "passed":
+        left_out = Check("not_run", None, "its numbers are not right")
+        return replace(proof, build=left_out, execution=left_out), report
+    with stages("build"):
+        built = target.build(artifact, conversion.rewritten, conversion.room())
+    proof = replace(proof, build=built.build, execution=built.execution, failures=(*proof.failures, *built.failures))
+    return proof, replace(report, build=built.measured).noted(*built.notes)
 
 
 def tool_versions() -> dict[str, str]:
@@ -255,11 +270,14 @@ def plan(recipe: Recipe, progress: Callable[[str], None] = silent) -> dict[str, 
         outputs = [spec for spec in model.outputs if spec.name not in states]
         beside = preflight.companion_bytes(source) + predicted_bytes(chosen, outputs)
         working = judged + preflight.integers_bytes(model) + working_bytes(chosen, outputs, bool(states))
+        needs = preflight.sizes(model, beside, working, preflight.mapped_bytes(source), block)
+        if isinstance(target, targets.Builds):
+            needs["peak_memory_bytes"]["build"] = preflight.TOOLS_BYTES + target.builder_bytes(needs["weights_bytes"])
     return {
         "model": source.id,
         "target": recipe.target,
         "precision": recipe.precision,
-        **preflight.sizes(model, beside, working, preflight.mapped_bytes(source), block),
+        **needs,
         "proof_by_blocks": block > 0,
         "parameters": parameters,
         "nodes": {"traced": traced, "after passes": len(model.graph.nodes)},

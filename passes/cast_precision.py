@@ -48,7 +48,7 @@ WIDE = torch.float32
 # What multiplies and adds up in float32 inside, so that only its result is rounded.
 PRODUCTS = {
     aten.linear, aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.einsum, aten.conv1d, aten.conv2d, aten.convolution,
-    aten.scaled_dot_product_attention, calque.attention, calque.grouped_attention, calque.cache_update,
+    aten.scaled_dot_product_attention, calque.attention, calque.prefix_attention, calque.grouped_attention, calque.cache_update,
 }  # fmt: skip
 # What is in the type of its first argument, weights and angles with it; numbers among its arguments are not of that type.
 FOLLOWING = {aten.layer_norm, aten.group_norm, calque.rms_norm, calque.flat_rms_norm, calque.rotary, calque.flat_rotary}

@@ -10,9 +10,11 @@ from calque import plugins
 from calque.artifact import Artifact
 from calque.errors import TargetUnavailable
 from calque.runtime.onnxruntime_session import OnnxRuntimeSession
+from calque.runtime.standard_session import StandardSession
 from calque.session import Session
 
-ONNX_TARGETS = ("onnxruntime",)
+# The targets whose artifacts ONNX Runtime runs, and how: TensorRT's are files of the standard, run here on the CPU.
+SESSIONS: dict[str, type[OnnxRuntimeSession]] = {"onnxruntime": OnnxRuntimeSession, "tensorrt": StandardSession}
 
 
 def load(folder: Path | str) -> Artifact:
@@ -32,14 +34,14 @@ def open_session(folder: Path | str, threads: int = 0) -> Session:
         TargetUnavailable: no runtime for its target is built in, or plugged in.
     """
     artifact = load(folder)
-    if artifact.target not in ONNX_TARGETS:
+    if artifact.target not in SESSIONS:
         if entry := plugins.claimed(plugins.TARGETS, artifact.target, built_in=False):
             return _opened(plugins.load(entry, _faults), artifact, threads)
         raise TargetUnavailable(
             f"an artifact for {artifact.target} cannot be run by Calque's own runtime",
-            fix=f"load it with the SDK of {artifact.target}; built in: {', '.join(ONNX_TARGETS)}",
+            fix=f"load it with the SDK of {artifact.target}; built in: {', '.join(SESSIONS)}",
         )
-    return OnnxRuntimeSession(artifact, threads)
+    return SESSIONS[artifact.target](artifact, threads)
 
 
 def _opened(target: Any, artifact: Artifact, threads: int) -> Session:

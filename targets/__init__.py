@@ -7,8 +7,8 @@ distributions add targets by entry points of the group ``calque.targets``: see d
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +23,7 @@ from calque.options import construct
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from calque.artifact import Artifact, GraphSpec, Limits
+    from calque.artifact import Artifact, Check, GraphSpec, Limits
     from calque.passes import Pass
     from calque.session import Session
     from calque.traced import TracedModel
@@ -120,9 +120,57 @@ class RunsBlocks(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Built:
+    """What came of building an artifact for its runtime, and of running what was built on the runtime's device.
+
+    ``measured``: seconds, bytes and what else was found out, for report.json. ``notes``: sentences that the user should know.
+    """
+
+    build: Check
+    execution: Check
+    failures: tuple[str, ...] = ()
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Builds(Protocol):
+    """A target whose runtime makes something of the artifact before it runs it, perhaps with what is not on this machine."""
+
+    def require(self) -> None:
+        """Leave quietly if what the options ask for by name is here.
+
+        Raises:
+            TargetUnavailable: it is not; said before any work.
+        """
+        ...
+
+    def builder_bytes(self, weights: int) -> int:
+        """Return about how much memory building takes of so many bytes of weights."""
+        ...
+
+    def build(self, artifact: Artifact, load: Callable[[], TracedModel], room: int | None) -> Built:
+        """Return what building came to in at most ``room`` bytes of memory, None meaning any.
+
+        ``load`` gives the traced model after its passes. What is built goes into the artifact's folder.
+        """
+        ...
+
+
 def exact(target: Target, artifact: Artifact, threads: int = 0) -> Session | None:
     """Return a session over the artifact's files that rounds no activations; None where the artifact rounds none."""
     return target.exact(artifact, threads) if isinstance(target, Rounds) else None
+
+
+def require(target: Target) -> None:
+    """Leave quietly if what the target's options ask for by name is here.
+
+    Raises:
+        TargetUnavailable: it is not.
+    """
+    if isinstance(target, Builds):
+        target.require()
 
 
 def layouts(target: Target, precision: str) -> tuple[str, ...]:
@@ -143,6 +191,17 @@ def package_rows(needs: dict[str, str]) -> list[tuple[str, str, str]]:
             rows.append((package, version(package), purpose))
         except PackageNotFoundError:
             rows.append((package, "missing", f"{purpose}: {INSTALL_CONVERT}"))
+    return rows
+
+
+def optional_rows(offers: dict[str, str]) -> list[tuple[str, str, str]]:
+    """Return a doctor's row for each package that a target does without: its version, or that it is not there and what it would do."""
+    rows = []
+    for package, offer in offers.items():
+        try:
+            rows.append((package, version(package), offer))
+        except PackageNotFoundError:
+            rows.append((package, "not installed", f"{offer}: pip install 'calque[{package}]'"))
     return rows
 
 
@@ -185,7 +244,7 @@ def _faults(found: Any, name: str) -> Iterator[str]:
         yield "it has no `precisions`, a tuple of names"
     if missing := [method for method in METHODS if not callable(getattr(found, method, None))]:
         yield f"it lacks {', '.join(missing)}"
-    needed = [field.name for field in fields(found) if field.init and field.default is MISSING and field.default_factory is MISSING]
+    needed = [one.name for one in fields(found) if one.init and one.default is MISSING and one.default_factory is MISSING]
     if needed:
         yield f"its options need defaults: {', '.join(needed)}"
 

@@ -27,7 +27,8 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 
 from calque.memory import trim
 from calque.runtime.onnxruntime_session import OnnxRuntimeSession
-from calque.targets._exact import LEVEL_SETTING, switched_off, without_rounding
+from calque.runtime.standard_session import LEVEL_SETTING
+from calque.targets._exact import switched_off, without_rounding
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calque.runtime.onnxruntime_session import OnnxRuntimeSession
+from calque.runtime.standard_session import StandardSession
 
 if TYPE_CHECKING:
     import onnx
@@ -32,11 +32,9 @@ LEVEL, ROUNDED = "accuracy_level", 4
 LEVELLED = ("MatMulNBits", "QMoE")
 # Source: onnxruntime/contrib_ops/cpu/moe/moe_quantization_cpu.cc@1.31.
 SWITCH = "ORT_QMOE_CPU_QNBIT_GEMM"
-# What ONNX Runtime takes for the level of the products that it joins itself.
-LEVEL_SETTING = "session.qdq_matmulnbits_accuracy_level"
 
 
-class ExactSession(OnnxRuntimeSession):
+class ExactSession(StandardSession):
     """Runs an artifact's graphs with everything taken out that rounds activations."""
 
     def opened(self, graph: str) -> Any:
@@ -51,10 +49,6 @@ class ExactSession(OnnxRuntimeSession):
         model = onnx.load(path, load_external_data=False)
         without_rounding(model)
         return bytes(model.SerializeToString())
-
-    def configure(self, options: Any) -> None:
-        """Let ONNX Runtime join no products that round either."""
-        options.add_session_config_entry(LEVEL_SETTING, "0")
 
 
 def without_rounding(model: onnx.ModelProto) -> None:

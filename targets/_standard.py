@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset23 as op
 
-from calque import expert_ops, ops, quantized_ops  # noqa: F401  # register torch.ops.calque, which the table names
+from calque import expert_ops, ops, quantized_ops, slot_ops  # noqa: F401  # register torch.ops.calque, which the table names
 
 # What came after the last opset that torch.onnx writes: the operator, and the opset that has it.
 SLOTS, SLOTS_OPSET = "TensorScatter", 24
@@ -66,9 +66,14 @@ def attention(q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float, s
     """Return standard ``Attention``, which repeats keys and values itself; sinks, which it lacks, are written out."""
     if mask is None and causal:
         mask = lower_right(q, k)
-    if sinks is None:
-        precision: dict[str, int] = {} if q.dtype == FLOAT else {"softmax_precision": FLOAT}
-        return op.Attention(q, k, v, mask, scale=scale, softcap=softcap, **precision)[0]
+    if sinks is not None:
+        return written_attention(q, k, v, mask, scale, softcap, sinks)
+    precision: dict[str, int] = {} if q.dtype == FLOAT else {"softmax_precision": FLOAT}
+    return op.Attention(q, k, v, mask, scale=scale, softcap=softcap, **precision)[0]
+
+
+def written_attention(q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float, sinks: Any) -> Any:
+    """Return attention in products and a softmax of float32; the heads of the queries are grouped by the keys that they share."""
     heads, groups, size, value_size = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     grouped = op.Reshape(q, ints(0, groups, heads // groups, -1, size))
     key = op.Transpose(op.Unsqueeze(k, ints(2)), perm=[0, 1, 2, 4, 3])
@@ -78,13 +83,17 @@ def attention(q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float, s
         scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
     if mask is not None:
         scores = op.Where(op.Unsqueeze(mask, ints(1)), scores, op.Constant(value_float=LOWEST))
-    # A sink is one more score per head and query. Adding it to zeros of the row's shape broadcasts it there.
-    zeros = op.Mul(op.ReduceMax(scores, ints(-1), keepdims=1), op.Constant(value_float=0.0))
-    sink = op.Add(zeros, op.Reshape(wide(sinks), ints(1, groups, heads // groups, 1, 1)))
-    weights = op.Softmax(op.Concat(scores, sink, axis=-1), axis=-1)
-    weights = op.Slice(weights, ints(0), ints(-1), ints(-1))
+    weights = op.Softmax(scores, axis=-1) if sinks is None else _beside_sinks(scores, op.Reshape(wide(sinks), ints(1, groups, -1, 1, 1)))
     out = op.MatMul(op.CastLike(weights, v), op.Unsqueeze(v, ints(2)))
     return op.Reshape(out, ints(0, heads, -1, value_size))
+
+
+def _beside_sinks(scores: Any, sinks: Any) -> Any:
+    """Return the softmax of scores beside a sink, which is one more score per head and query and takes its part of the weight."""
+    # Adding it to zeros of the row's shape broadcasts it there.
+    zeros = op.Mul(op.ReduceMax(scores, ints(-1), keepdims=1), op.Constant(value_float=0.0))
+    weights = op.Softmax(op.Concat(scores, op.Add(zeros, sinks), axis=-1), axis=-1)
+    return op.Slice(weights, ints(0), ints(-1), ints(-1))
 
 
 def wide(x: Any) -> Any:
@@ -139,7 +148,8 @@ def add_layer_norm(x: Any, residual: Any, weight: Any, bias: Any, epsilon: float
 
 def quick_gelu(x: Any, alpha: float) -> Any:
     """Return x · sigmoid(alpha · x), of which ONNX Runtime makes its QuickGelu when it loads."""
-    return op.Mul(x, op.Sigmoid(op.Mul(x, op.Constant(value_float=alpha))))
+    number: Any = op.Constant(value_float=alpha)
+    return op.Mul(x, op.Sigmoid(op.Mul(x, number if x.dtype == FLOAT else op.CastLike(number, x))))
 
 
 def rotary(x: Any, cos: Any, sin: Any, interleaved: bool, size: int) -> Any:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from calque.artifact import NOT_RUN, Artifact, Check, Proof
+from calque.artifact import NOT_RUN, Artifact, Check, Proof, round_up
 from calque.validation.compare import EXACT, SESSION_FAILED, Row, compare
 from calque.validation.drive import ModelIO
 from calque.validation.lockstep import Lockstep, RunsEach
@@ -15,9 +14,6 @@ if TYPE_CHECKING:
     from calque.session import Session
     from calque.validation.reference import Reference
     from calque.validation.scenarios import Scenario
-
-# The worst figure of a run that agrees exactly; no smaller one is worth a digit in the manifest.
-FLOOR = 1e-9
 
 
 def prove(
@@ -31,7 +27,7 @@ def prove(
 ) -> tuple[Proof, list[Row]]:
     """Return the proof and one row a scenario; ``progress`` is called with each row as it is done.
 
-    ``exact``: the session rounds no activations, though the artifact does.
+    ``exact``: the session rounds no activations, though the artifact does. A session that is not the target's runtime says what it is by.
     """
     io = ModelIO.of(artifact, exact)
     rows = []
@@ -46,7 +42,8 @@ def prove(
         if progress:
             progress(rows[-1])
     failures = tuple(f"{row['name']}: {row['reason']}" for row in rows if row["status"] == "failed")
-    return Proof(_numerics(artifact.target, rows), *_build_and_execution(artifact.target, rows), failures), rows
+    by = getattr(session, "by", artifact.target)
+    return Proof(_numerics(by, rows), *_build_and_execution(by, rows), failures), rows
 
 
 def prove_exactly(
@@ -97,12 +94,3 @@ def _build_and_execution(by: str, rows: Sequence[Row]) -> tuple[Check, Check]:
     if all(reason.startswith(SESSION_FAILED) for reason in failed):
         return Check("failed", by, failed[0]), NOT_RUN
     return Check("passed", by), Check("passed", by)
-
-
-def round_up(value: float) -> float:
-    """Return the smallest of 1, 2 and 5 · 10ⁿ that is not below the value, at least 1e-9."""
-    value = max(value, FLOOR)
-    exponent = math.floor(math.log10(value)) - 1
-    # Written as decimal text and read back: 2 · 10⁻⁶ is then the double nearest to 2e-06, however it was reached.
-    ladder = [float(f"{digit}e{power}") for power in range(exponent, exponent + 4) for digit in (1, 2, 5)]
-    return next(step for step in ladder if step >= value)

@@ -25,7 +25,8 @@ class Report:
     parameters, dtype. ``passes``: ``{name, count, skipped: [[place, reason]]}``. ``weights``: ``{name, layer, bytes,
     parameters}`` by layer. ``layers``: ``{layer, kind, worst_sigma, limit, scenario}``. ``failures``: what the proof found,
     first stage and layer first. ``quality``: text, limits, a row for the weights alone and one for the artifact, each layer's
-    sensitivity, and what was promoted. ``notes``: sentences that the user should know.
+    sensitivity, and what was promoted. ``build``: what the runtime's builder made, in how long and in how much memory, and how
+    fast it is where it ran. ``notes``: sentences that the user should know.
     """
 
     scenarios: tuple[Mapping[str, Any], ...] = ()
@@ -40,6 +41,7 @@ class Report:
     layers: tuple[Mapping[str, Any], ...] = ()
     failures: tuple[str, ...] = ()
     quality: Mapping[str, Any] = field(default_factory=dict)
+    build: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def measured(self, folder: Path, stages: Sequence[Stage]) -> Report:

@@ -37,7 +37,7 @@ LOGITS_BYTES = 256 << 20
 
 # Every name that `build` can give; a number is a window, or a length at which the rotary frequencies change.
 NAMES = re.compile(
-    r"single-prompt|ragged-(left|right)|chunked-prefill(-batch|-left)?|batch-[25]|untraced-length|length-1(-left|-right)?"
+    r"single-prompt|decode-16|ragged-(left|right)|chunked-prefill(-batch|-left)?|batch-[25]|untraced-length|length-1(-left|-right)?"
     r"|past-window-\d+(-left|-right)?|across-window-\d+|beyond-\d+|across-\d+(-left|-right)?|continued-past-\d+|(past-)?full-length|full-length-right"
 )
 
@@ -164,7 +164,7 @@ def build(
         *_window_shapes(limits, windows),
         *_recompute_shapes(limits),
         *_full_length_shapes(limits, max_positions, cached, longest if in_slots else SMALL_MAX_LENGTH),
-        *(_last_slot_shapes(limits, longest) if in_slots else ()),
+        *(_slot_shapes(limits, longest) if in_slots else ()),
     ]
     if not cached:
         shapes = [replace(shape, decode=0) for shape in shapes if not shape.chunks]
@@ -298,7 +298,8 @@ def _full_length_shapes(limits: Limits, max_positions: int | None, cached: bool,
     yield _Shape("past-full-length", f"must be refused: more than {length} tokens", (beyond,), decode=step, lawful=False, refuse=refuse)
 
 
-def _last_slot_shapes(limits: Limits, driven: int) -> Iterator[_Shape]:
+def _slot_shapes(limits: Limits, driven: int) -> Iterator[_Shape]:
+    yield _Shape("decode-16", "a prompt and the steps that an engine is measured on where it runs", (16,), decode=16)
     length = limits.max_length
     if length is None or not FEWEST_SLOTS <= length <= driven:
         return

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from calque.artifact import Check
+from calque.artifact import Check, round_up
 from calque.errors import ArtifactUnreadable, ParityFailed
 from calque.validation.compare import compare
 from calque.validation.drive import ModelIO
-from calque.validation.prove import prove, round_up, routed_note
+from calque.validation.prove import prove, routed_note
 from tests.eager_session import EagerSession
 from tests.tiny_models import TINY
 from tests.validation.gate import Broken, gate

@@ -1,0 +1,102 @@
+"""An engine built of an artifact where a builder is installed, and run where there is a GPU, by the scripts that the artifact carries."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import time
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
+
+from calque.artifact import Artifact, Check, round_up
+from calque.console import size
+from calque.targets import Built
+
+if TYPE_CHECKING:
+    from calque.traced import TracedModel
+
+Sdk = Literal["auto", "tensorrt", "tensorrt-rtx", "none"]
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+DATA, ENGINE = "model.onnx.data", "model.plan"
+VIA = "torch-tensorrt"
+INSTALL = "pip install 'calque[tensorrt-rtx]' builds engines without a GPU; run build_engine.py where TensorRT is"
+NO_GPU = "no GPU is here; run_engine.py runs the engine on one and compares it with reference/"
+# The builder itself, and how often the weights are in memory while it works: measured on 135M to 1.2B parameters.
+BUILDER_BYTES, WEIGHT_COPIES = 300 << 20, 5
+
+
+def builder_bytes(weights: int) -> int:
+    """Return about how much memory the builder takes of so many bytes of weights."""
+    return BUILDER_BYTES + WEIGHT_COPIES * weights
+
+
+def build(artifact: Artifact, sdk: Sdk, room: int | None) -> Built:
+    """Return what building came to with the artifact's own script, in at most ``room`` bytes of memory."""
+    by, why = chosen(sdk)
+    if not by:
+        return Built(Check("not_run", None, why), Check("not_run", None, why))
+    takes = builder_bytes((artifact.folder / DATA).stat().st_size)
+    if room is not None and takes > room:
+        why = f"building takes about {size(takes)} of memory, --max-memory leaves {size(room)}"
+        return Built(Check("not_run", by, why), Check("not_run", by, why))
+    from calque.targets._tensorrt_package import run_build
+
+    found = run_build(artifact.folder, MODULES[by])
+    if "error" in found:
+        lines = (str(found["error"]), *map(str, found.get("problems", ())))
+        return Built(
+            Check("failed", by, lines[0]), Check("not_run", by, "there is no engine"), tuple(f"build: {line}" for line in lines), found
+        )
+    said = f"Built by {by} {found['version']} in {found['build_seconds']:.1f} s: {ENGINE}, {size(found['plan_bytes'])}"
+    return _executed(artifact, by, found, f"{said}; the builder took {size(found['peak_rss_bytes'])} of memory.")
+
+
+def build_traced(artifact: Artifact, load: Callable[[], TracedModel]) -> Built:
+    """Return what building came to with torch-tensorrt, from the traced program and not from the file."""
+    from calque.targets import _torch_tensorrt
+    from calque.targets._tensorrt_package import PROFILES
+
+    [profile, *_] = json.loads((artifact.folder / PROFILES).read_text(encoding="utf-8"))["profiles"]
+    begun = time.monotonic()
+    _torch_tensorrt.build(load(), artifact.folder / ENGINE, profile["shapes"])
+    seconds, written = time.monotonic() - begun, (artifact.folder / ENGINE).stat().st_size
+    found = {"sdk": VIA, "build_seconds": seconds, "plan_bytes": written}
+    return _executed(artifact, VIA, found, f"Built by {VIA} from the traced program in {seconds:.1f} s: {ENGINE}, {size(written)}.")
+
+
+def _executed(artifact: Artifact, by: str, found: Mapping[str, Any], said: str) -> Built:
+    """Return an engine's build, and whether it gives the eager model's answers on the GPU of this machine."""
+    if not has_gpu():
+        return Built(Check("passed", by), Check("not_run", by, NO_GPU), (), found, (said,))
+    from calque.targets._tensorrt_package import run_validation
+
+    ran = run_validation(artifact.folder)
+    failures = (f"execution: {ran['error']}",) if "error" in ran else ()
+    execution = Check("failed", by, str(ran["error"])) if failures else Check("passed", by, worst=round_up(ran["max_sigma"]))
+    return Built(Check("passed", by), execution, failures, {**found, "execution": ran}, (said,))
+
+
+def chosen(sdk: Sdk) -> tuple[str, str]:
+    """Return the SDK that builds here, or nothing and why none does."""
+    if sdk == "none":
+        return "", "the option sdk: none builds nothing here"
+    here = {name: find_spec(module) is not None for name, module in MODULES.items()}
+    if sdk != "auto":
+        return (sdk, "") if here[sdk] else ("", f"{sdk} is not installed: pip install 'calque[{sdk}]'")
+    if here["tensorrt"] and has_gpu():
+        return "tensorrt", ""
+    if here["tensorrt-rtx"]:
+        return "tensorrt-rtx", ""
+    return "", f"no builder is here: {INSTALL}"
+
+
+def has_gpu() -> bool:
+    """Return whether CUDA's driver finds a device."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
