@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import cache
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -62,7 +63,8 @@ def ask() -> dict[str, Any]:
         ImportError: TensorRT-RTX is not installed.
     """
     import onnx
-    import tensorrt_rtx as trt  # type: ignore[import-not-found,unused-ignore]
+
+    trt = import_module(PARSER)
 
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
