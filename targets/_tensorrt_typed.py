@@ -88,7 +88,7 @@ def from_slots(value: ir.Value | None) -> bool:
     return False
 
 
-def place_of(node: ir.Node, inside: Mapping[ir.Graph | ir.Function, ir.Node]) -> tuple[str, str]:
+def place_of(node: ir.Node, inside: Mapping[Any, ir.Node]) -> tuple[str, str]:
     """Return the module path and the source line of a node; of one that has none, those of the nearest that reads or feeds it.
 
     ``inside``: the node whose branch or body a graph is.
