@@ -26,11 +26,11 @@ def fused(head: int, value: int, dtype: ir.DataType, hidden: bool = True) -> boo
     """Return whether the builder has one kernel for attention over heads of that size; ``hidden``: a mask or lengths hide keys.
 
     Source: sizes from 1 to 512, tried on the builder of TensorRT-RTX 1.7.1: with a mask or with lengths it takes multiples of 8
-    from 16 to 256, with neither every size from 8 to 256; float32 never, and never values of another size than keys.
+    from 16 to 256, with neither every size from 9 to 256; float32 never, and never values of another size than keys.
     """
     if dtype not in NARROW or value != head:
         return False
-    return 16 <= head <= 256 and head % 8 == 0 if hidden else 8 <= head <= 256
+    return 16 <= head <= 256 and head % 8 == 0 if hidden else 8 < head <= 256
 
 
 def attention(node: ir.Node) -> Iterator[Fault]:

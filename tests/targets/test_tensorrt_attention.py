@@ -26,8 +26,11 @@ def attend(
     q, k, v = given("q", dtype, "B", 4, "S", size), given("k", dtype, "B", 2, "S", size), given("v", dtype, "B", 2, "S", value or size)
     mask = given("mask", BOOL, "B", 1, "S", "S") if masked else None
     sketch = Sketch()
-    out = sketch.add("Attention", q, k, v, mask, *extra, outputs=outputs, **{"scale": 0.5, **attributes})
-    return sketch.model(*sketch.nodes[0].outputs if outputs > 1 else (out,), dtype=dtype)
+    sketch.add("Attention", q, k, v, mask, *extra, outputs=outputs, **{"scale": 0.5, **attributes})
+    if outputs == 4:
+        for present in sketch.nodes[0].outputs[1:3]:
+            present.name = ""
+    return sketch.model(*(output for output in sketch.nodes[0].outputs if output.name), dtype=dtype)
 
 
 def cached(kind: str = "Attention", rest: Any = (), slots: int | str = SLOTS, dtype: ir.DataType = F16, domain: str = "",
@@ -149,7 +152,7 @@ def test_lengths_arrive_in_the_right_place_alone() -> None:
 
 
 @pytest.mark.parametrize("hidden", [True, False])
-@pytest.mark.parametrize("size", [7, 8, 12, 16, 24, 36, 64, 80, 250, 256, 264])
+@pytest.mark.parametrize("size", [7, 8, 9, 16, 24, 36, 64, 80, 250, 256, 264])
 def test_heads_that_have_a_kernel_build_and_no_others(size: int, hidden: bool) -> None:
     assert said(attend(size=size, masked=hidden))[0] == ("taken" if fused(size, size, F16, hidden) else "failed")
     assert not fused(size, size, F32, hidden)
