@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import count
 from typing import Any
 
@@ -59,14 +59,10 @@ def single(kind: str, *inputs: ir.Value | None, dtype: ir.DataType = F16, opset:
 
 def said(model: ir.Model, longest: Mapping[str, int] = LONGEST) -> tuple[str, str]:
     """``refused`` by the parser, ``failed`` in the builder, or ``taken``; and what was said, warnings too."""
-    trt = pytest.importorskip("tensorrt_rtx")
+    trt: Any = pytest.importorskip("tensorrt_rtx")
     lines: list[str] = []
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def log(self, severity: Any, message: str) -> None:
-            lines.append(message)
-
-    log = Log()
+    # A class of the SDK's own, made here since the SDK may be missing.
+    log = type("Log", (trt.ILogger,), {"log": lambda _, severity, message: lines.append(message)})()
     builder = trt.Builder(log)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)
@@ -75,9 +71,11 @@ def said(model: ir.Model, longest: Mapping[str, int] = LONGEST) -> tuple[str, st
     config = builder.create_builder_config()
     profile = builder.create_optimization_profile()
     for value in model.graph.inputs:
-        shape: Sequence[Any] = value.shape or ()
+        shape = list(value.shape or ())
         if any(not isinstance(size, int) for size in shape):
-            low, high = ([size if isinstance(size, int) else chosen(size.value) for size in shape] for chosen in (lambda _: 1, longest.get))
+            low, high = (
+                [size if isinstance(size, int) else chosen(str(size.value)) for size in shape] for chosen in (lambda _: 1, longest.get)
+            )
             profile.set_shape(value.name, low, low, high)
     config.add_optimization_profile(profile)
     return ("failed" if builder.build_serialized_network(network, config) is None else "taken"), "\n".join(lines)

@@ -31,6 +31,7 @@ from tests.tensorrt_graphs import BOOL, F16, F32, F64, I8, I32, I64, Sketch, giv
 from tests.tiny_encoders import save_encoder
 from tests.tiny_models import traced
 
+_KEPT: list[TemporaryDirectory[str]] = []
 WRITTEN = (FuseGelu(), FuseRmsNorm(), FuseLayerNorm(), FuseRotary())
 
 
@@ -38,8 +39,9 @@ WRITTEN = (FuseGelu(), FuseRmsNorm(), FuseLayerNorm(), FuseRotary())
 def prepared(name: str) -> TracedModel:
     """A tiny model in float16, its keys and values in slots."""
     if name == "bert":
-        with TemporaryDirectory() as folder:
-            model = encoder.trace(ModelSource.resolve(str(save_encoder(Path(folder) / "model", name)), scratch=Path(folder)))
+        _KEPT.append(TemporaryDirectory(ignore_cleanup_errors=True))
+        folder = Path(_KEPT[-1].name)
+        model = encoder.trace(ModelSource.resolve(str(save_encoder(folder / "model", name)), scratch=folder))
         passes.run((*WRITTEN, SimplifyShapes(), TransposeLinear(), CastPrecision("float16")), model)
         return model
     model = traced(name)
@@ -63,7 +65,10 @@ def rules(model: ir.Model) -> list[str]:
     return [problem.why.partition(":")[0] for problem in illegal(model)]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "phi3", "gpt2", "bert"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "gemma3_text", "phi3", "bert")]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", *SLOW])
 def test_what_tensorrt_runs_has_no_problem(name: str) -> None:
     assert illegal(lowered(name)) == []
 
@@ -194,7 +199,7 @@ WRONG: dict[str, tuple[str, str, Callable[[], ir.Model]]] = {
     "an operator that it does not know": ("refused", "operator", lambda: single("BitwiseNot", x(I32), dtype=I32)),
     "integers multiplied": (
         "refused", "operator", lambda: single(
-            "MatMulInteger", given("x", I8, "B", 16), held(np.ones((16, 4)), I8), dtype=I32)),
+            "MatMulInteger", given("x", I8, "B", 16), given("y", I8, 16, 4), dtype=I32)),
     "a sum of two types": ("refused", "mixed-types", lambda: single("Add", x(), held(np.ones(16), F32))),
     "a product of two types": ("refused", "mixed-types", lambda: single("MatMul", x(), held(np.ones((16, 4)), F32))),
     "a norm of two types": ("refused", "mixed-types", lambda: single("LayerNormalization", x(), held(np.ones(16), F32))),
@@ -203,7 +208,7 @@ WRONG: dict[str, tuple[str, str, Callable[[], ir.Model]]] = {
         "ScatterND", given("x", F16, 8, 16), held([[0]], I64), held(np.ones((1, 16))), reduction="add")),
     "a younger opset": ("taken", "opset", lambda: single("Relu", x(), opset=25)),
     "an operator in a branch": ("refused", "operator", lambda: branches(lambda sketch, value: sketch.add("BitwiseNot", value))),
-    "branches of other ranks": ("refused", "branches", lambda: branches(lambda sketch, value: sketch.add("ReduceSum", value, keepdims=0))),
+    "branches of other ranks": ("failed", "branches", lambda: branches(lambda sketch, value: sketch.add("ReduceSum", value, keepdims=0))),
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ def activation(codes: ir.DataType = I8, zero: int | None = 0, scale: Any = 0.1, 
     """Values quantized and dequantized."""
     sketch = Sketch()
     parts = [scale if isinstance(scale, ir.Value) else held(scale), *([] if zero is None else [held(zero, codes)])]
-    told = {"output_dtype": int(codes)} if zero is None else {}
+    told: dict[str, Any] = {"output_dtype": int(codes)} if zero is None else {}
     made = sketch.add("QuantizeLinear", given("x", F16, "B", 8, 16), *parts, **attributes, **told)
     made.dtype = codes
     return sketch.model(sketch.add("DequantizeLinear", made, *parts, **attributes))
