@@ -7,9 +7,10 @@ are replaced by lazy tensors before anything reads them, since the program's own
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 OPSET = 23
+# The key in a node's ``meta`` of its module path and its line of the model's source.
+SOURCE = "calque.source"
 ASSERTIONS = {torch.ops.aten._assert_scalar.default, torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_async.msg}
 DTYPES = {
     "float32": "FLOAT",
@@ -233,6 +236,29 @@ def _name(lowered: ir.Model, model: TracedModel) -> None:
             value.shape = ir.Shape(spec.shape)
 
 
+class _KeepSources(ir.passes.InPlacePass):
+    """Each node knows the module and the source line that it came from in ``meta[SOURCE]``, which no file is written from."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Read them from what torch.onnx writes to files, paths of this machine among it, before that is cleared."""
+        for node in model.graph.all_nodes():
+            if place := _place(node.metadata_props):
+                node.meta[SOURCE] = place
+        return ir.passes.PassResult(model, modified=False)
+
+
+def _place(written: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return the module path and the last line that is not torch's own; None of a node that stands nowhere in the model.
+
+    Source: torch/onnx/_internal/exporter/_core.py@2.13, the keys of ``_set_node_metadata``.
+    """
+    scopes = ast.literal_eval(written.get("pkg.torch.onnx.name_scopes", "[]"))
+    lines = [line.strip() for line in written.get("pkg.torch.onnx.stack_trace", "").splitlines() if line.strip().startswith("File ")]
+    own = [line for line in lines if "/torch/" not in line.replace("\\", "/")] or lines
+    # The last scope is the node's own.
+    return (scopes[-2] if len(scopes) > 1 else "", own[-1]) if own else None
+
+
 def _simplify(lowered: ir.Model) -> None:
     """Fold constants and remove what is doubled or unused, with stock passes.
 
@@ -251,6 +277,7 @@ def _simplify(lowered: ir.Model) -> None:
         stock.RemoveUnusedNodesPass(),
         stock.OutputFixPass(),
         stock.NameFixPass(),
+        _KeepSources(),
         stock.ClearMetadataAndDocStringPass(),
         stock.RemoveUnusedOpsetsPass(),
     ):

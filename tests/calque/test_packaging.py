@@ -56,6 +56,7 @@ def test_the_wheel_holds_every_module_and_data_file_once(built: Path) -> None:
     for path in [
         *ROOT.glob("recipes/*.yaml"),
         *ROOT.glob("recipes/*.json"),
+        *ROOT.glob("targets/*.json"),
         *ROOT.glob("validation/*.jinja"),
         *(path for path in ROOT.glob("calque/models/**/*") if path.is_file()),
     ]:
