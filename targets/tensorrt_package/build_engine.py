@@ -30,7 +30,7 @@ ALWAYS_ON = ("STRONGLY_TYPED",)
 
 
 class Failed(Exception):
-    """Nothing was built: why, what the SDK said, and the exit code."""
+    """It cannot be done: why, what was said, and the exit code."""
 
     def __init__(self, what: str, problems: Sequence[str] = (), code: int = 1) -> None:
         super().__init__(what)
@@ -107,7 +107,7 @@ def parse(trt: Any, network: Any, log: Any, path: Path) -> None:
     problems = []
     for error in (parser.get_error(i) for i in range(parser.num_errors)):
         where = f"{error.node_name() or '(no node)'} [{error.node_operator() or '?'}]"
-        stack = getattr(error, "local_function_stack", list)()
+        stack: list[str] = getattr(error, "local_function_stack", list)()
         problems.append(f"{where}: {error.desc()}" + (f" (in {' > '.join(stack)})" if stack else ""))
     raise Failed("the parser refuses the model", problems or list(log.errors))
 
