@@ -140,7 +140,7 @@ def require_in_place(found: Mapping[str, str] | None) -> None:
         raise Failed("the network does not write its states in place", lost)
 
 
-def add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Mapping[str, Any]]) -> None:
+def add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Mapping[str, Any]], log: Any) -> None:
     """``config`` knows the range of every input's shape.
 
     Raises:
@@ -162,7 +162,7 @@ def add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Map
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 problems.append(f"{name}: {shape} is no range: {type(error).__name__} {error}")
         if problems or config.add_optimization_profile(profile) < 0:
-            raise Failed(f"profile {entry['name']!r} of profiles.json does not fit the network", problems)
+            raise Failed(f"profile {entry['name']!r} of profiles.json does not fit the network", problems or list(log.errors))
 
 
 def configure(trt: Any, config: Any, build: Mapping[str, Any]) -> list[str]:
@@ -235,7 +235,7 @@ def build_engine(trt: Any, build: Mapping[str, Any], profiles: Sequence[Mapping[
     require_in_place(pairs)
     config = builder.create_builder_config()
     warnings = configure(trt, config, build)
-    add_profiles(builder, config, network, profiles)
+    add_profiles(builder, config, network, profiles, log)
     begun = time.perf_counter()
     plan = builder.build_serialized_network(network, config)
     if plan is None:

@@ -304,6 +304,11 @@ class Engine:
                 raise Failed(f"the context does not take shape {shape} of {name}", list(self.log.errors))
         if unknown := self.context.infer_shapes():
             raise Failed("shapes do not follow from those of the inputs", unknown)
+        rows, columns = next(iter(shapes.values()))[:2]
+        expected = self.shapes_of(self.outputs, rows, columns)
+        found = {name: tuple(self.context.get_tensor_shape(name)) for name in expected}
+        if wrong := [f"{name}: {found[name]}, the manifest says {shape}" for name, shape in expected.items() if found[name] != shape]:
+            raise Failed("outputs are not as large as the manifest says", wrong)
 
     def _launch(self, replay: bool) -> None:
         """The stream runs the network once more; from the second time on with equal shapes as a graph, where asked."""

@@ -15,7 +15,7 @@ import onnx
 
 from calque.artifact import Artifact
 from calque.pipeline import convert
-from calque.recipe import Dims, Recipe
+from calque.recipe import Dims, Parity, Recipe
 from calque.targets._tensorrt_package import write_package
 from tests.tiny_encoders import save_encoder
 from tests.tiny_models import TINY, save_random
@@ -29,18 +29,28 @@ BUILD = {
 }  # fmt: skip
 
 
-def decoder(folder: Path) -> Path:
-    """The folder is a package of a tiny decoder in fp16, whose cache is slots."""
+def decoder(folder: Path, *scenarios: str) -> Path:
+    """The folder is a package of a tiny decoder in fp16, whose cache is slots; proved by those scenarios, or by all."""
     save_random(TINY["llama"], folder / "source")
     options = {"cache": "static", "operators": "standard"}
+    parity = Parity(scenarios=scenarios) if scenarios else Parity()
     return _package(folder, Recipe(model=str(folder / "source"), target="onnxruntime", precision="fp16", options=options,
-                                   dims=Dims(max_length=SLOTS)))  # fmt: skip
+                                   dims=Dims(max_length=SLOTS), parity=parity))  # fmt: skip
 
 
 def encoder(folder: Path) -> Path:
     """The folder is a package of a tiny encoder in fp16."""
     save_encoder(folder / "source", "bert", task="text-classification")
-    return _package(folder, Recipe(model=str(folder / "source"), target="onnxruntime", precision="fp16", options={"operators": "standard"}))
+    return _package(
+        folder,
+        Recipe(
+            model=str(folder / "source"),
+            target="onnxruntime",
+            task="text-classification",
+            precision="fp16",
+            options={"operators": "standard"},
+        ),
+    )
 
 
 def _package(folder: Path, recipe: Recipe) -> Path:
