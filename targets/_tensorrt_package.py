@@ -7,6 +7,7 @@
     trtexec.txt       the same as command lines
     build_engine.py   needs `tensorrt` or `tensorrt_rtx`, nothing else
     run_engine.py     needs numpy, one of the two, and a GPU; cuda_engine.py is its other half
+    images.py         of models that read images: what they were asked
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import calque
+
 SCRIPTS = ("build_engine.py", "cuda_engine.py", "run_engine.py")
+# Images are numbers in the references; the gate's own file, which needs numpy alone, makes them anew.
+IMAGES = Path(calque.__file__).parent / "validation" / "images.py"
+PIXELS = "pixel_values"
 BUILD, PROFILES, TRTEXEC = "build.json", "profiles.json", "trtexec.txt"
 # What build_engine.py is told by a flag of the builder, and trtexec by one of its own.
 TRTEXEC_FLAGS = {
@@ -39,9 +45,12 @@ def write_package(folder: Path, build: Mapping[str, Any], profiles: Mapping[str,
     for name, content in ((BUILD, build), (PROFILES, profiles)):
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / TRTEXEC).write_text(_trtexec(build, profiles), encoding="utf-8")
-    for name in SCRIPTS:
-        shutil.copyfile(Path(__file__).parent / "tensorrt_package" / name, folder / name)
-    return sorted([BUILD, PROFILES, TRTEXEC, *SCRIPTS])
+    scripts = [Path(__file__).parent / "tensorrt_package" / name for name in SCRIPTS]
+    if any(PIXELS in entry["shapes"] for entry in profiles["profiles"]):
+        scripts.append(IMAGES)
+    for script in scripts:
+        shutil.copyfile(script, folder / script.name)
+    return sorted([BUILD, PROFILES, TRTEXEC, *(script.name for script in scripts)])
 
 
 def _trtexec(build: Mapping[str, Any], profiles: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import ctypes.util
 import importlib
 import math
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,24 @@ class Cuda:
         """All work of the stream is done."""
         self("cudaStreamSynchronize", self.stream)
 
+    def bandwidth(self) -> float:
+        """Return GB/s that copies within the device move, what is read and what is written."""
+        for nbytes in (1 << 30, 1 << 27, 1 << 22):
+            try:
+                source, target = self.made("cudaMalloc", nbytes), self.made("cudaMalloc", nbytes)
+            except Failed:
+                continue  # no room beside the engine
+            seconds = []
+            for _ in range(6):
+                begun = time.perf_counter()
+                self("cudaMemcpyAsync", target, source, nbytes, ON_DEVICE, self.stream)
+                self.synchronize()
+                seconds.append(time.perf_counter() - begun)
+            for address in (source, target):
+                self("cudaFree", address)
+            return 2e-9 * nbytes / min(seconds[1:])
+        raise Failed("no memory is left to measure the bandwidth", ["give it: --bandwidth GB/s"])
+
 
 class Engine:
     """The engine with one buffer a tensor, each allocated once; a state's output is its input.
@@ -254,11 +273,11 @@ class Engine:
             Refused: a row would need a slot past the last.
             Failed: the engine does not take the shapes, or does not run.
         """
-        rows, columns = next(iter(given.values())).shape[:2]
+        rows, columns = next(array for array in given.values() if array.ndim > 1).shape[:2]
         ends = given.get("write_indices", np.zeros(1, np.int64)) + columns
         if self.max_length and "input_ids" in given and ends.max() > self.max_length:
             raise Refused(f"{ends.max()} slots are needed, max_length is {self.max_length}")
-        self._set_shapes(self.shapes_of(self.inputs, rows, columns))
+        self._set_shapes(rows, columns)
         for name, array in given.items():
             self._host(name, array.shape)[...] = array
             self.cuda("cudaMemcpyAsync", self.device[name], self.host[name].ctypes.data, self._nbytes(name, array.shape),
@@ -279,12 +298,13 @@ class Engine:
         spec = self.inputs.get(name) or self.outputs[name]
         return self.host[name][: self._nbytes(name, shape)].view(STORED[spec["dtype"]]).reshape(shape)
 
-    def _set_shapes(self, shapes: Shapes) -> None:
-        """The context has those shapes, under the profile that fits them best; a graph of others is dropped.
+    def _set_shapes(self, rows: int, columns: int) -> None:
+        """The context has the shapes of such a call, under the profile that fits them best; a graph of others is dropped.
 
         Raises:
             Failed: no profile takes them.
         """
+        shapes = self.shapes_of(self.inputs, rows, columns)
         if shapes == self.shapes:
             return
         profile = self.profile_of(shapes)
@@ -304,7 +324,6 @@ class Engine:
                 raise Failed(f"the context does not take shape {shape} of {name}", list(self.log.errors))
         if unknown := self.context.infer_shapes():
             raise Failed("shapes do not follow from those of the inputs", unknown)
-        rows, columns = next(iter(shapes.values()))[:2]
         expected = self.shapes_of(self.outputs, rows, columns)
         found = {name: tuple(self.context.get_tensor_shape(name)) for name in expected}
         if wrong := [f"{name}: {found[name]}, the manifest says {shape}" for name, shape in expected.items() if found[name] != shape]:

@@ -13,6 +13,7 @@ Exit code 0: every answer agrees with the eager model's; 1: the engine cannot be
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import statistics
@@ -21,15 +22,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:  # where type checkers find the file that lies beside this one
-    from calque.targets.tensorrt_package.cuda_engine import ON_DEVICE, SDKS, Cuda, Engine, Failed, Refused, load_sdk
+    from calque.targets.tensorrt_package.cuda_engine import SDKS, Cuda, Engine, Failed, Refused, load_sdk
 else:
-    from cuda_engine import ON_DEVICE, SDKS, Cuda, Engine, Failed, Refused, load_sdk
+    from cuda_engine import SDKS, Cuda, Engine, Failed, Refused, load_sdk
 
 Array = NDArray[Any]
 
@@ -42,6 +44,7 @@ NARROW = {"fp16": "float16", "bf16": "bfloat16"}
 DEPTHS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 # The output whose largest value is an answer: the likeliest token or label.
 RANKED = "logits"
+PIXELS = "pixel_values"
 PAD = -1
 
 
@@ -69,6 +72,8 @@ class Artifact:
         states = self.manifest["states"]
         known: str = states[0]["dtype"] if states else NARROW.get(self.manifest["precision"], "float32")
         depths = [size for key in DEPTHS if isinstance(size := self.config.get(key), int)]
+        stages = self.config.get("depths")
+        depths += [sum(stages)] if isinstance(stages, list) and all(isinstance(size, int) for size in stages) else []
         layers: int = max([1, *depths, *(state["layer"] + 1 for state in states)])
         return NOISE_PER_LAYER[self.build.get("arithmetic", known)] * (layers + 1)
 
@@ -141,6 +146,9 @@ def inputs_of(engine: Engine, rows: Sequence[Array], index: Array, held: Array, 
         "kv_lengths": held + new.sum(axis=1),
     }
     names = [name for name in engine.inputs if name not in engine.states.values()]
+    if PIXELS in names:  # an image is a row of one token, its number
+        made = importlib.import_module("images")
+        known[PIXELS] = made.images(known["input_ids"][:, 0], SimpleNamespace(**engine.inputs[PIXELS]))
     if unknown := sorted(set(names) - set(known)):
         raise Failed(f"this script has no rule for the inputs {', '.join(unknown)}")
     return {name: known[name] for name in names}
@@ -184,7 +192,7 @@ class Comparison:
     def add(self, spec: Mapping[str, Any], index: Array, beyond: Sequence[bool], values: Array, cached: bool) -> None:
         """Count one output of one call."""
         whole_row = not cached and "sequence_length" not in spec["shape"]
-        values = values[:, None] if whole_row else values
+        values = values.reshape(len(values), 1, -1) if whole_row else values
         values = values[:, :, None] if values.ndim == 2 else values
         for row, at in enumerate(np.zeros((len(index), 1), np.int64) if whole_row else index[:, index.shape[1] - values.shape[1] :]):
             if (at != PAD).any():
@@ -204,7 +212,7 @@ class Comparison:
             self.faults.append(f"row {row}, {output}: NaN or infinity")
             return
         sigma = float(self.scenario.arrays[f"{output}.sigmas"][row])
-        delta = np.abs(chosen - expected) / sigma
+        delta = np.abs(chosen.astype(np.float64) - expected) / sigma
         self.worst, self.total, self.values = max(self.worst, float(delta.max())), self.total + float(delta.sum()), self.values + delta.size
         for i in np.flatnonzero(delta.max(axis=1) > self.limit)[:1]:
             self.faults.append(f"row {row}, position {positions[i]}, {output}: {delta[i].max():.1e} σ off, limit {self.limit:.1e} σ")
@@ -261,25 +269,6 @@ def fits(engine: Engine, scenario: Scenario) -> bool:
     """Return whether the engine's profiles take the scenario's calls, cut where that is allowed."""
     shapes = [index.shape for index, _, _ in scenario.calls()]
     return all(engine.widest(rows, width) >= (1 if engine.states else width) for rows, width in shapes)
-
-
-def copy_bandwidth(cuda: Cuda) -> float:
-    """Return GB/s that copies within the device move, what is read and what is written."""
-    for nbytes in (1 << 30, 1 << 27, 1 << 22):
-        try:
-            source, target = cuda.made("cudaMalloc", nbytes), cuda.made("cudaMalloc", nbytes)
-        except Failed:
-            continue  # no room beside the engine
-        seconds = []
-        for _ in range(6):
-            begun = time.perf_counter()
-            cuda("cudaMemcpyAsync", target, source, nbytes, ON_DEVICE, cuda.stream)
-            cuda.synchronize()
-            seconds.append(time.perf_counter() - begun)
-        for address in (source, target):
-            cuda("cudaFree", address)
-        return 2e-9 * nbytes / min(seconds[1:])
-    raise Failed("no memory is left to measure the bandwidth", ["give it: --bandwidth GB/s"])
 
 
 def lengths(engine: Engine, prompt: int, new: int) -> tuple[int, int]:
@@ -360,7 +349,7 @@ def rates(engine: Engine, bandwidth: float | None, weights: int, tokens: Array, 
     """Return how fast the engine decodes, beside what its memory would allow, and print it."""
     engine.reset()
     found = measure(engine, tokens, prompt, new)
-    bandwidth = bandwidth or copy_bandwidth(engine.cuda)
+    bandwidth = bandwidth or engine.cuda.bandwidth()
     roofline = bandwidth * 1e9 / weights
     percent = 100 * found["tokens_per_second"] / roofline
     print(f"{prompt} tokens of prompt in {found['prefill_ms']:.2f} ms, then {new} at {found['decode_ms']:.3f} ms each, batch 1,")
@@ -389,9 +378,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not statuses & {"passed", "failed"}:
             raise Failed("no scenario of reference/ could be run on this engine")
         print("the numbers are those of the eager model" if not code else "the numbers are WRONG")
-    except Failed as error:
-        result, code = {"error": str(error), "problems": error.problems}, error.code
-        print(f"error: {error}", *(f"  {line}" for line in error.problems), sep="\n", file=sys.stderr)
+    except (Failed, OSError, ValueError, KeyError) as error:
+        # A KeyError's text is the key alone.
+        result = {"error": repr(error) if isinstance(error, KeyError) else str(error), "problems": getattr(error, "problems", [])}
+        code = getattr(error, "code", 1)
+        print(f"error: {result['error']}", *(f"  {line}" for line in result["problems"]), sep="\n", file=sys.stderr)
     if asked.json:
         print(json.dumps(result))
     return code

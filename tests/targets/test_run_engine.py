@@ -149,7 +149,7 @@ def test_a_script_that_drives_the_engine_wrongly_fails(gpu: Gpu, file: str, old:
     [
         ("dtype", "past_key_values.0.key: the engine has FLOAT, the manifest HALF"),
         ("copied states", "shares its memory with None"),
-        ("narrow output", "logits: (1, 7, 1), the manifest says (1, 7, 211)"),
+        ("narrow output", "logits: (2, 5, 1), the manifest says (2, 5, 211)"),
     ],
 )
 def test_an_engine_that_is_not_the_manifest_s_is_not_run(gpu: Gpu, fault: str, words: str) -> None:
