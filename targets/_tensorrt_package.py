@@ -21,11 +21,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import calque
-
 SCRIPTS = ("build_engine.py", "cuda_engine.py", "run_engine.py")
 # Images are numbers in the references; the gate's own file, which needs numpy alone, makes them anew.
-IMAGES = Path(calque.__file__).parent / "validation" / "images.py"
+IMAGES = Path(__file__).parents[1] / "validation" / "images.py"
 PIXELS = "pixel_values"
 BUILD, PROFILES, TRTEXEC = "build.json", "profiles.json", "trtexec.txt"
 # What build_engine.py is told by a flag of the builder, and trtexec by one of its own.
