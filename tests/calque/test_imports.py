@@ -185,9 +185,13 @@ def test_the_links_equal_the_packaging_table() -> None:
 
 
 def test_every_packaged_folder_is_a_package_and_flat() -> None:
+    # Scripts that artifacts carry are data: no package, and in the wheel by the table of data.
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
     for name in FOLDERS:
         assert (ROOT / name / "__init__.py").is_file(), name
-        nested = [path for path in (ROOT / name).iterdir() if path.is_dir() and any(path.glob("*.py"))]
+        scripts = {ROOT / name / pattern.removesuffix("/*.py") for pattern in data.get(f"calque.{name}", []) if pattern.endswith("/*.py")}
+        assert [path for path in scripts if (path / "__init__.py").exists()] == []
+        nested = [path for path in (ROOT / name).iterdir() if path.is_dir() and any(path.glob("*.py")) and path not in scripts]
         assert nested == [], "a nested package works when editable and is missing from the wheel"
 
 

@@ -58,6 +58,7 @@ def test_the_wheel_holds_every_module_and_data_file_once(built: Path) -> None:
         *ROOT.glob("recipes/*.json"),
         *ROOT.glob("targets/*.json"),
         *ROOT.glob("validation/*.jinja"),
+        *ROOT.glob("targets/tensorrt_package/*.py"),
         *(path for path in ROOT.glob("calque/models/**/*") if path.is_file()),
     ]:
         place = path.relative_to(ROOT).as_posix()
@@ -70,6 +71,7 @@ def test_the_source_archive_holds_every_module_once(built: Path) -> None:
         names = [name.partition("/")[2] for name in archive.getnames()]
     for folder in PACKAGES.values():
         assert {f"{folder}/{name}" for name in modules(ROOT / folder)} <= set(names)
+    assert {f"targets/{path.relative_to(ROOT / 'targets')}" for path in ROOT.glob("targets/tensorrt_package/*.py")} <= set(names)
     assert [name for name in names if name.startswith(("calque/passes", "calque/targets", "tests"))] == []
 
 
