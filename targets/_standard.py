@@ -87,9 +87,9 @@ def attention(q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float, s
     return op.Reshape(out, ints(0, heads, -1, value_size))
 
 
-def wide(x: Any) -> Any:
-    """Return the value in float32."""
-    return x if x.dtype == FLOAT else op.Cast(x, to=FLOAT)
+def wide(x: Any, dtype: Any = None) -> Any:
+    """Return the value in float32; ``dtype``: its type, where it does not say that itself."""
+    return x if (dtype or x.dtype) == FLOAT else op.Cast(x, to=FLOAT)
 
 
 def lower_right(q: Any, k: Any) -> Any:
@@ -205,8 +205,9 @@ def dequantize_lookup(ids: Any, q: Any, scale: Any, zero_point: Any, axis: int, 
     if zero_point is not None:
         zero: Any = op.Cast(op.Unsqueeze(entries(zero_point, not group), ints(-1)), to=FLOAT)
         number = op.Sub(number, zero)
-    number = op.Mul(number, op.Unsqueeze(entries(scale, not group), ints(-1)))
-    return op.Reshape(number, ints(*[0] * rank, size)) if group else number
+    number = op.Mul(number, wide(op.Unsqueeze(entries(scale, not group), ints(-1)), scale.dtype))
+    number = op.Reshape(number, ints(*[0] * rank, size)) if group else number
+    return number if scale.dtype == FLOAT else op.Cast(number, to=scale.dtype)
 
 
 def round_activations(x: Any) -> Any:
