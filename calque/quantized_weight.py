@@ -17,6 +17,9 @@ from calque.weights import Derived, Weight
 
 Part = Literal["q", "scale", "zero_point"]
 
+# What `numbers_of` does, as a weight says it of itself.
+NUMBERS = "numbers"
+
 
 @dataclass
 class QuantizedWeight:
@@ -134,3 +137,13 @@ def with_scales(weight: Weight, dtype: torch.dtype) -> Weight:
     if not isinstance(weight, Derived) or not weight.sources:
         return weight
     return replace(weight, sources=tuple(with_scales(source, dtype) for source in weight.sources))
+
+
+def numbers_of(q: Weight, scale: Weight, zero_point: Weight | None = None, group: int = 0) -> Derived:
+    """Return the float weight [out, in] that integers of a table stand for, computed of them when it is read, some rows at a time."""
+    parts = (q, scale) if zero_point is None else (q, scale, zero_point)
+
+    def made(q: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        return dequantize(q, scale, zero_point, group)
+
+    return Derived(parts, NUMBERS, made, "float32", tuple(q.shape), moved=False, acts="each row")
