@@ -9,6 +9,7 @@
             calque.dynamic_linear(%x, %q_t, %scale, %b)
             calque.dequantize_lookup(%ids, %q, %scale, …)                                  the columns of %q_t where a head reads it
     or      embedding(%numbers, %ids)                      tables: numbers          numbers = Derived(numbers, q, scale, …) float32
+            reshape(calque.dequantize_linear(%q[out, in], %scale, None, 8, 0, 0), …)       what is no product, with one scale an output
     left    tables of 4 bits, of which no operator of the standard reads entries: they are numbers before they are looked up
 
 Runtimes know a product with integers by their lying [in, out]. A tied table is stored once, as its head reads it; with ``tables``
@@ -61,6 +62,7 @@ class LayOutIntegers:
             users = [(user, weight) for weight in tied for user in list(weight.users)]
             if odd := next((user for user, weight in users if not reads_rows(user, weight)), None):
                 skipped.append((tied[0].name, f"{odd.target} reads it, which is no product and no lookup"))
+                count += sum(laying.by_channel(weight) for weight in tied)
                 continue
             product = any(user.target is aten.linear.default for user, _ in users)
             for user, weight in users:
@@ -142,6 +144,18 @@ class _Laying:
         made.meta = {**user.meta, "val": made.meta["val"]}
         user.replace_all_uses_with(made)
         self.model.graph.erase_node(user)
+
+    def by_channel(self, weight: Node) -> bool:
+        """Return whether integers of one scale an output are numbers by it, as they lie, instead of by blocks as long as a row."""
+        arguments: Any = weight.args
+        if arguments[5]:
+            return False
+        parts = [self._laid(part, part is not arguments[0], False) for part in arguments[:3]]
+        with self.model.graph.inserting_before(weight):
+            made = call(self.model.graph, calque.dequantize_linear.default, *parts, arguments[3], 0, 0)
+        weight.replace_all_uses_with(made)
+        self.model.graph.erase_node(weight)
+        return True
 
     def look_up_numbers(self, user: Node, weight: Node) -> None:
         """Let a lookup read what the weight's integers stand for, a parameter of its own."""

@@ -48,8 +48,8 @@ class QuantizeActivations:
     """``mode``: ranges of each call, or measured beforehand (``auto``: where there is a text, else nothing is rounded).
 
     ``calibration``: how ranges follow from what was measured; ``percentile``: how much of it lies inside, in percent. ``symmetric``:
-    integers from -128 to 127 around 0, which TensorRT wants; else from 0 to 255. ``format``: integers, or e4m3, which is symmetric. ``keep``:
-    patterns of the names of weights whose products stay as they are.
+    integers from -128 to 127 around 0, which TensorRT wants; else from 0 to 255. ``format``: integers, or e4m3, which is symmetric.
+    ``keep``: patterns of the names of weights whose products stay as they are.
     """
 
     mode: Literal["dynamic", "static", "auto"] = "dynamic"
