@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from calque.quantization import LARGEST_E4M3, Format, round_e4m3
+
 Method = Literal["minmax", "percentile", "mse"]
 
 # Bars of a histogram, on both sides of 0 together.
@@ -43,8 +45,10 @@ class ActivationRange:
         bar = (x.flatten().float() * (BARS / 2 / self.reach)).floor_().to(torch.int32).add_(BARS // 2).clamp_(0, BARS - 1)
         self.counts += torch.bincount(bar, minlength=BARS)
 
-    def bounds(self, method: Method, percentile: float = 100.0, symmetric: bool = False) -> tuple[float, float]:
-        """Return the smallest and the largest number that the integers should reach over; 0 lies between.
+    def bounds(
+        self, method: Method, percentile: float = 100.0, symmetric: bool = False, format: Format = "integers"
+    ) -> tuple[float, float]:
+        """Return the smallest and the largest number that 8 bits of the format should reach over; 0 lies between.
 
         ``minmax``: all that was seen. ``percentile``: all but so many of the smallest and largest values. ``mse``: what leaves the
         smallest squared error, of what is clipped and what is rounded together. ``symmetric``: as far below 0 as above.
@@ -55,7 +59,7 @@ class ActivationRange:
         if symmetric:
             high = max(-low, high)
             low = -high
-        return self._least_error(low, high, symmetric) if method == "mse" else (low, high)
+        return self._least_error(low, high, symmetric, format) if method == "mse" else (low, high)
 
     def _percentile(self, percentile: float) -> tuple[float, float]:
         """Return the bounds outside of which (100 - percentile) % lie on either side."""
@@ -66,33 +70,41 @@ class ActivationRange:
         high = float(edges[min(BARS, int((below < 1 - tail).sum()) + 1)])
         return min(max(low, self.low), 0.0), max(min(high, self.high), 0.0)
 
-    def _least_error(self, low: float, high: float, symmetric: bool) -> tuple[float, float]:
+    def _least_error(self, low: float, high: float, symmetric: bool, format: Format) -> tuple[float, float]:
         """Return the part of the range with the least error: of both sides together, then of each by itself, twice."""
         parts = torch.linspace(SMALLEST_PART, 1.0, PARTS)
-        low, high = self._best([(low * part, high * part) for part in parts.tolist()], symmetric)
+        low, high = self._best([(low * part, high * part) for part in parts.tolist()], symmetric, format)
         for _ in range(0 if symmetric else 2):
-            low, high = self._best([(max(self.low, low * (0.5 + part)), high) for part in parts.tolist()], symmetric)
-            low, high = self._best([(low, min(self.high, high * (0.5 + part))) for part in parts.tolist()], symmetric)
+            low, high = self._best([(max(self.low, low * (0.5 + part)), high) for part in parts.tolist()], symmetric, format)
+            low, high = self._best([(low, min(self.high, high * (0.5 + part))) for part in parts.tolist()], symmetric, format)
         return low, high
 
-    def _best(self, ranges: list[tuple[float, float]], symmetric: bool) -> tuple[float, float]:
-        """Return the one of the ranges whose integers leave the least squared error over the histogram."""
+    def _best(self, ranges: list[tuple[float, float]], symmetric: bool, format: Format) -> tuple[float, float]:
+        """Return the one of the ranges whose 8 bits leave the least squared error over the histogram."""
         bars = self.counts.nonzero().flatten()
         width = 2 * self.reach / BARS
         values = (bars.to(torch.float64) + 0.5) * width - self.reach
         values = values.clamp(self.low, self.high)
-        chosen = torch.tensor([steps(low, high, symmetric) for low, high in ranges], dtype=torch.float64)
+        chosen = torch.tensor([steps(low, high, symmetric, format) for low, high in ranges], dtype=torch.float64)
         scale, zero, smallest, largest = chosen.unsqueeze(-1).unbind(1)
-        rounded = values.div(scale).round_().add_(zero).clamp_(smallest, largest).sub_(zero).mul_(scale)
+        counted = values.div(scale)
+        if format == "e4m3":
+            counted = round_e4m3(counted).to(torch.float64)
+        else:
+            counted.round_().add_(zero).clamp_(smallest, largest).sub_(zero)
+        rounded = counted.mul_(scale)
         errors = rounded.sub_(values).square_() @ self.counts[bars]
         return ranges[int(errors.argmin())]
 
 
-def steps(low: float, high: float, symmetric: bool) -> tuple[float, int, int, int]:
-    """Return scale, zero point, smallest and largest integer that reach from ``low`` to ``high``.
+def steps(low: float, high: float, symmetric: bool, format: Format = "integers") -> tuple[float, int, int, int]:
+    """Return scale, zero point, smallest and largest number in 8 bits that reach from ``low`` to ``high``.
 
-    Symmetric: -128 to 127, zero point 0, as TensorRT wants it; else 0 to 255.
+    Symmetric: -128 to 127, zero point 0, as TensorRT wants it; else 0 to 255. e4m3, always symmetric: -448 to 448.
     """
+    if format == "e4m3":
+        largest = int(LARGEST_E4M3)
+        return max(-low, high) / largest or 1.0, 0, -largest, largest
     if symmetric:
         return max(-low / 128, high / 127) or 1.0, 0, -128, 127
     scale = (high - low) / 255 or 1.0

@@ -144,9 +144,10 @@ class Gptq:
     def quantized(self, name: str, weight: Tensor) -> Quantized:
         """Return the integers that were found for the weight."""
         kept = torch.load(self._folder / f"{name}.pt", weights_only=True)
-        bits, group = self.schemes[name].bits, self.schemes[name].group or weight.shape[1]
+        scheme = self.schemes[name]
+        group = scheme.group or weight.shape[1]
         assert kept["packed"].shape[1] * group == weight.shape[1], name
-        return Quantized(unpack(kept["packed"], bits, weight.shape[1]), kept["scale"], kept["zero_point"])
+        return Quantized(unpack(kept["packed"], scheme.bits, weight.shape[1]).view(scheme.dtype), kept["scale"], kept["zero_point"])
 
     def vector(self, name: str, value: Tensor) -> Tensor:
         """Return the vector as it is."""

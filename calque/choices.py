@@ -22,11 +22,13 @@ AS_ASKED = "kept as it is"
 
 # The precisions that are a narrower type than float32, and that type as torch calls it.
 NARROW: dict[str, NarrowType] = {"fp16": "float16", "bf16": "bfloat16"}
-# The precisions whose weights are integers: what makes them so of the pass that does.
+# The precisions whose weights are integers, or numbers of 8 bits: what makes them so of the pass that does.
 QUANTIZED: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8, "group": 0},
     "int8-static": {"bits": 8, "group": 0},
     "int4": {"bits": 4, "group": 32},
+    # Numbers of 8 bits; what tokens are looked up in and chosen by keeps its digits.
+    "fp8": {"bits": 8, "group": 0, "format": "e4m3", "embedding": "keep", "head": "keep"},
 }
 # More threads than any machine has cores: a number past it is a mistake, and each takes memory.
 MOST_THREADS = 512

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calque.quantization import Quantized, Scheme, integers, ranges
+from calque.quantization import Quantized, Scheme, nearest, ranges
 
 # Columns whose updates of the others are made in one product. Source: arXiv 2210.17323, section 3.3, step 2.
 BLOCK = 128
@@ -27,7 +27,7 @@ def gptq(weight: Tensor, second: Tensor, scheme: Scheme, damping: float = DAMPIN
     left = weight.to(torch.float32).clone()
     factor = _inverse_factor(second, left, damping)
     weighing = factor.diagonal().square().reciprocal().reshape(-1, group)
-    q = torch.empty(rows, columns, dtype=torch.int8)
+    q = torch.empty(rows, columns, dtype=scheme.dtype)
     scale = torch.empty(rows, columns // group)
     zero = None if scheme.symmetric else torch.empty(rows, columns // group, dtype=torch.int8)
     if not scheme.group:
@@ -46,8 +46,8 @@ def gptq(weight: Tensor, second: Tensor, scheme: Scheme, damping: float = DAMPIN
                 if zero is not None and points is not None:
                     zero[:, place] = points[:, 0].to(torch.int8)
             now = left[:, column : column + 1]
-            rounded = integers(now, steps, points, scheme.bits)
-            q[:, column] = rounded[:, 0].to(torch.int8)
+            rounded = nearest(now, steps, points, scheme)
+            q[:, column] = rounded[:, 0].to(scheme.dtype)
             error = (now - (rounded if points is None else rounded - points) * steps) / factor[column, column]
             left[:, column + 1 : end] -= error * factor[column, column + 1 : end]
             errors[:, column - start] = error[:, 0]

@@ -246,12 +246,12 @@ def _(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("calque::dequantize_weight", mutates_args=())
 def dequantize_weight(q: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, axis: int, group: int) -> Tensor:
-    """Return (q - zero_point) · scale, float32 [out, in]: what integers of so many bits stand for.
+    """Return (q - zero_point) · scale, of the type of ``scale`` [out, in]: what integers of so many bits stand for.
 
-    q int8 [out, in], signed and unpacked; scale float32 and zero_point int8 [out, in / group]: groups lie along ``axis``, which is
-    1; ``group`` 0 is a whole row.
+    q int8 [out, in], signed and unpacked, or float8_e4m3fn; scale and zero_point int8 [out, in / group]: groups lie along ``axis``,
+    which is 1; ``group`` 0 is a whole row.
     """
-    return dequantize(q, scale, zero_point, group)
+    return dequantize(q, scale, zero_point, group).to(scale.dtype)
 
 
 @dequantize_weight.register_fake

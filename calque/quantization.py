@@ -1,9 +1,11 @@
-"""Weights as integers: how numbers become them, and numbers again. Tensors alone; graphs are the passes' business.
+"""Weights as integers, or as numbers of 8 bits: how weights become them, and numbers again. Tensors alone; graphs are the passes' business.
 
 A weight is [out, in]. Its integers are signed, unpacked and of the same shape, int8 whatever their bits; each group of
 ``group`` neighbours along ``in`` has a scale, and a zero point where they are asymmetric:
 
     weight = (q - zero_point) * scale        q in [-2^(bits-1), 2^(bits-1) - 1]
+
+Of the format e4m3, q is float8_e4m3fn instead, from -448 to 448, and no zero points.
 """
 
 from __future__ import annotations
@@ -15,11 +17,14 @@ import torch
 from torch import Tensor
 
 Bits = Literal[4, 8]
+Format = Literal["integers", "e4m3"]
 
 # The shortest group that runtimes have kernels for.
 SHORTEST_GROUP = 16
 # And the longest. Source: MatMulNBits of onnxruntime@1.31.
 LONGEST_GROUP = 256
+# The largest number of float8_e4m3fn; what is larger becomes no number. Source: OCP 8-bit Floating Point Specification 1.0, section 5.
+LARGEST_E4M3 = 448.0
 # By how much the range of a group is narrowed, to see whether finer steps win more than what is clipped loses.
 NARROWER = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 # Elements that are searched at a time: what is made of them fits the second cache of a processor.
@@ -28,12 +33,21 @@ PIECE = 1 << 17
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one weight is quantized. ``group`` 0: one scale an output. ``search``: narrower ranges are tried as well."""
+    """How one weight is quantized. ``group`` 0: one scale an output. ``search``: narrower ranges are tried as well.
+
+    ``format``: what numbers in so many bits are; e4m3 has 8 of them and is symmetric.
+    """
 
     bits: Bits = 4
     group: int = 32
     symmetric: bool = True
     search: bool = True
+    format: Format = "integers"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that holds q, one value an element."""
+        return torch.float8_e4m3fn if self.format == "e4m3" else torch.int8
 
     def fitted(self, size: int) -> Scheme | None:
         """Return the scheme with a group that divides ``size``, a power of two; None where that would be too short."""
@@ -48,12 +62,13 @@ class Scheme:
 
     def __str__(self) -> str:
         """Return the scheme as one word, ``int4-g32``."""
-        return f"int{self.bits}{'' if self.symmetric else '-asymmetric'}{f'-g{self.group}' if self.group else ''}"
+        name = "fp" if self.format == "e4m3" else "int"
+        return f"{name}{self.bits}{'' if self.symmetric else '-asymmetric'}{f'-g{self.group}' if self.group else ''}"
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """Integers [out, in] int8, scales [out, groups] float32, zero points [out, groups] int8 or None."""
+    """Integers [out, in] int8, or numbers float8_e4m3fn; scales [out, groups] float32, zero points [out, groups] int8 or None."""
 
     q: Tensor
     scale: Tensor
@@ -82,7 +97,7 @@ def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -
     """
     rows, columns = weight.shape
     group = scheme.group or columns
-    q = torch.empty(rows, columns, dtype=torch.int8)
+    q = torch.empty(rows, columns, dtype=scheme.dtype)
     scale = torch.empty(rows, columns // group)
     zero = None if scheme.symmetric else torch.empty(rows, columns // group, dtype=torch.int8)
     counts = None if importance is None else importance.to(torch.float32).reshape(-1, group)
@@ -91,7 +106,7 @@ def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -
         part = slice(start, start + step)
         grouped = weight[part].to(torch.float32).reshape(-1, columns // group, group)
         chosen_scale, chosen_zero = ranges(grouped, scheme, counts)
-        q[part] = integers(grouped, chosen_scale, chosen_zero, scheme.bits).reshape(-1, columns).to(torch.int8)
+        q[part] = nearest(grouped, chosen_scale, chosen_zero, scheme).reshape(-1, columns).to(scheme.dtype)
         scale[part] = chosen_scale.squeeze(-1)
         if zero is not None and chosen_zero is not None:
             zero[part] = chosen_zero.squeeze(-1).to(torch.int8)
@@ -104,10 +119,10 @@ def ranges(grouped: Tensor, scheme: Scheme, importance: Tensor | None) -> tuple[
     scale, zero = _steps(low, high, scheme)
     if not scheme.search:
         return scale, zero
-    best = _error(grouped, scale, zero, scheme.bits, importance)
+    best = _error(grouped, scale, zero, scheme, importance)
     for ratio in NARROWER:
         other_scale, other_zero = _steps(low * ratio, high * ratio, scheme)
-        error = _error(grouped, other_scale, other_zero, scheme.bits, importance)
+        error = _error(grouped, other_scale, other_zero, scheme, importance)
         better = error < best
         scale, best = torch.where(better, other_scale, scale), torch.where(better, error, best)
         if zero is not None and other_zero is not None:
@@ -117,7 +132,7 @@ def ranges(grouped: Tensor, scheme: Scheme, importance: Tensor | None) -> tuple[
 
 def _steps(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
     """Return the scale, above 0, and the zero point with which the integers reach from ``low`` to ``high``."""
-    smallest, largest = bounds(scheme.bits)
+    smallest, largest = (-LARGEST_E4M3, LARGEST_E4M3) if scheme.format == "e4m3" else bounds(scheme.bits)
     if scheme.symmetric:
         scale = torch.maximum(high / largest, low / smallest)
         return torch.where(scale > 0, scale, 1.0), None
@@ -127,15 +142,28 @@ def _steps(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | 
     return scale, (smallest - low / scale).round_().clamp_(smallest, largest)
 
 
-def integers(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    """Return the nearest integers, as floats."""
+def nearest(grouped: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
+    """Return the nearest integers, or numbers of the scheme's format, as floats."""
+    if scheme.format == "e4m3":
+        return round_e4m3(grouped / scale)
     steps = (grouped / scale).round_()
-    return (steps if zero is None else steps.add_(zero)).clamp_(*bounds(bits))
+    return (steps if zero is None else steps.add_(zero)).clamp_(*bounds(scheme.bits))
 
 
-def _error(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int, importance: Tensor | None) -> Tensor:
+def round_e4m3(x: Tensor) -> Tensor:
+    """Return the nearest numbers that float8_e4m3fn has, float32; what lies outside is the largest."""
+    return x.to(torch.float32).clamp(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn).to(torch.float32)
+
+
+def narrow_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return scales in a narrower type, none of them 0: a scale that small would make no numbers of anything."""
+    known = torch.finfo(dtype)
+    return scale.to(torch.float32).clamp(known.tiny * known.eps, known.max).to(dtype)
+
+
+def _error(grouped: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, importance: Tensor | None) -> Tensor:
     """Return the squared error of each group, [rows, groups, 1]."""
-    steps = integers(grouped, scale, zero, bits)
+    steps = nearest(grouped, scale, zero, scheme)
     if zero is not None:
         steps -= zero
     squared = steps.mul_(scale).sub_(grouped).square_()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -12,10 +12,13 @@ from torch import Tensor
 
 from calque.integers_file import IntegersFile
 from calque.packing import pack, unpack
-from calque.quantization import Quantized, Scheme, dequantize, quantize
+from calque.quantization import Quantized, Scheme, dequantize, narrow_scale, quantize
 from calque.weights import Derived, Weight
 
 Part = Literal["q", "scale", "zero_point"]
+
+# What `numbers_of` does, as a weight says it of itself.
+NUMBERS = "numbers"
 
 
 @dataclass
@@ -45,19 +48,21 @@ class QuantizedWeight:
     def parts(self) -> dict[Part, Derived]:
         """Return the weights of the table: q, scale and, where they are asymmetric, zero_point."""
         rows, columns = self.weight.shape
-        made: dict[Part, Derived] = {"q": self._part("q", "int8", (rows, columns)), "scale": self._part("scale", "float32", self._groups)}
+        q = self._part("q", str(self.scheme.dtype).removeprefix("torch."), (rows, columns))
+        made: dict[Part, Derived] = {"q": q, "scale": self._part("scale", "float32", self._groups)}
         return made if self.scheme.symmetric else {**made, "zero_point": self._part("zero_point", "int8", self._groups)}
 
-    def dequantized(self) -> Derived:
-        """Return the float weight that the integers stand for."""
+    def dequantized(self, scales: torch.dtype = torch.float32) -> Numbers:
+        """Return the float weight that the integers stand for, float32 whatever type their scales are of."""
 
         def rows(start: int, stop: int) -> Tensor:
             made = self._quantized(start, stop)
-            return dequantize(made.q, made.scale, made.zero_point, self.scheme.group)
+            scale = made.scale if scales == torch.float32 else narrow_scale(made.scale, scales).to(torch.float32)
+            return dequantize(made.q, scale, made.zero_point, self.scheme.group)
 
         shape = tuple(self.weight.shape)
-        whole = partial(rows, 0, shape[0])
-        return Derived((), f"dequantize({self.scheme})", whole, "float32", shape, moved=False, rows=rows if self._divides else None)
+        whole, some = partial(rows, 0, shape[0]), rows if self._divides else None
+        return Numbers((), f"dequantize({self.scheme})", whole, "float32", shape, moved=False, rows=some, made=self)
 
     @property
     def _groups(self) -> tuple[int, int]:
@@ -114,5 +119,31 @@ class QuantizedWeight:
         size = self._row_bytes[name]
         data = self.file.read(self._places[name] + start * size, (stop - start) * size).reshape(stop - start, size)
         if name == "q":
-            return unpack(data, self.scheme.bits, self.weight.shape[1])
+            return unpack(data, self.scheme.bits, self.weight.shape[1]).view(self.scheme.dtype)
         return data.view(torch.float32 if name == "scale" else torch.int8)
+
+
+@dataclass(frozen=True)
+class Numbers(Derived):
+    """The float weight that the integers of ``made`` stand for."""
+
+    made: QuantizedWeight | None = field(default=None, repr=False, compare=False)
+
+
+def with_scales(weight: Weight, dtype: torch.dtype) -> Weight:
+    """Return what integers stand for, however it is laid, where their scales are in a narrower type; another weight as it is."""
+    if isinstance(weight, Numbers) and weight.made:
+        return weight.made.dequantized(dtype)
+    if not isinstance(weight, Derived) or not weight.sources:
+        return weight
+    return replace(weight, sources=tuple(with_scales(source, dtype) for source in weight.sources))
+
+
+def numbers_of(q: Weight, scale: Weight, zero_point: Weight | None = None, group: int = 0) -> Derived:
+    """Return the float weight [out, in] that integers of a table stand for, computed of them when it is read, some rows at a time."""
+    parts = (q, scale) if zero_point is None else (q, scale, zero_point)
+
+    def made(q: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        return dequantize(q, scale, zero_point, group)
+
+    return Derived(parts, NUMBERS, made, "float32", tuple(q.shape), moved=False, acts="each row")

@@ -6,7 +6,7 @@ parameters, inputs and outputs, so that the program's signature, the weight tabl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from calque import expert_ops, ops, quantized_ops, slot_ops  # noqa: F401  # register torch.ops.calque
 from calque.artifact import Limits, TensorSpec
 from calque.states import StateSpec
-from calque.weights import Derived, Weight, WeightTable, rounded, torch_dtype_name
+from calque.weights import Derived, Weight, WeightTable, narrowed_scale, rounded, torch_dtype_name
 
 if TYPE_CHECKING:
     from sympy import Symbol
@@ -161,11 +161,12 @@ class TracedModel:
         self.weights.entries[name] = weight
         return node
 
-    def cast_weights(self, dtype: str, computed: bool = True) -> int:
+    def cast_weights(self, dtype: str, computed: bool = True, scales: Collection[str] = (), kept: Collection[str] = ()) -> int:
         """Return how many weights, float32 until now, are in ``dtype`` (torch's name); what reads them is as it was.
 
         Weights are parameters: buffers hold what a model counts with, and stay as they are. Tied ones stay one. What is
-        computed of weights is computed of rounded ones; it stays float32 itself unless ``computed``.
+        computed of weights is computed of rounded ones; it stays float32 itself unless ``computed``. ``scales`` names those of
+        integers, none of which becomes 0; ``kept`` what stays as it is.
         """
         narrow: torch.dtype = getattr(torch, dtype)
         nodes, made = self._nodes_by_name(), dict[int, Weight]()
@@ -173,9 +174,9 @@ class TracedModel:
             node = nodes[spec.arg.name]
             if spec.kind != InputKind.PARAMETER or spec.target not in self.weights or node.meta["val"].dtype != torch.float32:
                 continue
-            weight = self.weights[spec.target]
-            narrowed = made.get(id(weight)) or rounded(weight, dtype, computed)
-            if narrowed is weight:
+            weight, scale = self.weights[spec.target], spec.target in scales
+            narrowed = made.get(id(weight)) or (narrowed_scale(weight, dtype) if scale else rounded(weight, dtype, computed))
+            if narrowed is weight or spec.target in kept:
                 continue
             self.weights.entries[spec.target] = made[id(weight)] = narrowed
             if torch_dtype_name(narrowed) != dtype:

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -197,6 +198,16 @@ def cast(weight: Weight, dtype: str) -> Weight:
         return weight
     target = getattr(torch, dtype)
     return Derived((weight,), f"cast({dtype})", lambda tensor: tensor.to(target), dtype, weight.shape, acts="each row")
+
+
+def narrowed_scale(weight: Weight, dtype: str) -> Derived:
+    """Return the scales of integers in a narrower type, none of them 0."""
+    import torch
+
+    from calque.quantization import narrow_scale
+
+    narrow = partial(narrow_scale, dtype=getattr(torch, dtype))
+    return Derived((weight,), f"narrow_scale({dtype})", narrow, dtype, weight.shape, acts="each row")
 
 
 def rounded(weight: Weight, dtype: str, computed: bool = True) -> Weight:

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 
 # The passes that a precision asks for, and the options of each that it decides.
-STORING = {"cast_precision": ("dtype", "arithmetic"), "quantize_activations": ("mode",), "quantize_weights": ("bits",)}
+STORING = {
+    "cast_precision": ("dtype", "arithmetic"),
+    "quantize_activations": ("mode", "format"),
+    "quantize_weights": ("bits", "format"),
+}
 
 
 @dataclass(frozen=True)

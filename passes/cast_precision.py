@@ -5,17 +5,22 @@
     before  %q = linear(%h, %w)                              all float32
             %s = softmax(add(matmul(%q, %k), %bias), -1)
             %l = linear(%h, %head)                           the logits
-    after   %w, %head, %past                                 float16, cast when they are emitted
+            %i = matmul(%h, dequantize_linear(%q, %scale))
+    after   %w, %head, %past, %scale                         float16, cast when they are emitted
             %q = linear(%h, %w)                              float16
             %s = softmax(add(to(matmul(%q, %k), float32), %bias), -1)
             %l = to(linear(%h, %head), float32)
+            %i = matmul(%h, dequantize_linear(%q, %scale))   float16, as its scales are
 
     float32 stays  what comes from positions, masks and constants alone (angles, ALiBi, what is added to scores), and what it meets
                    sums, powers, roots, exponentials, softmax; numbers that the narrow type cannot hold (a mask's lowest float32)
                    what a choice is made by (topk of a router), from the product that gives it
                    outputs that are no states
     inside         norms and attention compute in float32 whatever they are given; rotations are told their angles in the type of
-                   what they turn
+                   what they turn; integers become numbers of the type of their scales
+
+Scales become narrow too: neither does TensorRT build integers of 4 bits with float32 scales in front of narrow products, nor does ONNX
+Runtime join them. Integers stay; what weights are then, ``TracedModel.replaced`` says.
 
 It goes last: its casts would stand between what other passes look for. Source: the types that operators have under torch.autocast
 (torch 2.13, docs/source/amp.md), whose choice this follows: products narrow, sums and exponentials wide, the rest as it comes.
@@ -37,7 +42,10 @@ from torch.utils import _pytree as pytree
 from calque.choices import NarrowType
 from calque.passes import Rewrites
 from calque.patterns import aten, calls
+from calque.quantized_ops import RoundTrip
+from calque.quantized_weight import NUMBERS, with_scales
 from calque.traced import call, refresh
+from calque.weights import Derived
 
 if TYPE_CHECKING:
     from calque.traced import TracedModel
@@ -59,6 +67,12 @@ SUMS = {
     aten.softmax, aten._softmax, aten.log_softmax, aten.logsumexp, aten.softplus, aten.sum, aten.mean, aten.var, aten.std, aten.norm,
     aten.linalg_vector_norm, aten.prod, aten.cumsum, aten.cumprod, aten.cosh, aten.sinh, aten.tan, aten.sin, aten.cos,
 }  # fmt: skip
+# What has scales, and where they are among its arguments; it is of their type, unless it rounds anew in each call.
+SCALES = {
+    calque.dequantize_weight: 1, calque.dequantize_linear: 1, calque.quantize_linear: 1,
+    calque.dequantize_lookup: 2, calque.dynamic_linear: 2,
+}  # fmt: skip
+ROUNDING_ANEW = {calque.dynamic_linear, calque.round_activations}
 CHOICES = {aten.topk, aten.sort, aten.argmax, aten.argmin, aten.argsort}
 
 OF_POSITIONS = "comes from positions, masks or constants alone, which are counted in float32"
@@ -75,20 +89,30 @@ class CastPrecision:
 
     def apply(self, model: TracedModel) -> Rewrites:
         """Return one rewrite per weight and state, and what stays float32."""
-        count = model.cast_weights(self.dtype, computed=self.arithmetic == "narrow")
-        if self.arithmetic == "narrow":
-            count += model.cast_states(self.dtype)
+        narrow, scales = getattr(torch, self.dtype), _scales(model)
+        if self.arithmetic == "float32":
+            tables = {name for name, weight in model.weights.entries.items() if isinstance(weight, Derived) and weight.operation == NUMBERS}
+            if count := model.cast_weights(self.dtype, computed=False, kept=scales | tables):
+                _widen(model, narrow)
+            return Rewrites(count)
+        count = model.cast_weights(self.dtype, scales=scales) + model.cast_states(self.dtype)
         if not count:
             return Rewrites(0)
-        if self.arithmetic == "float32":
-            _widen(model, getattr(torch, self.dtype))
-            return Rewrites(count)
-        casting = _Casting(model, getattr(torch, self.dtype))
+        model.replaced = {name: with_scales(weight, narrow) for name, weight in model.replaced.items()}
+        model.rounding = {name: made.narrowed(narrow) if isinstance(made, RoundTrip) else made for name, made in model.rounding.items()}
+        casting = _Casting(model, narrow)
         for node in list(model.graph.nodes):
             if node.op == "call_function":
                 casting.settle(node)
         casting.settle_outputs()
         return Rewrites(count, tuple(casting.islands.items()))
+
+
+def _scales(model: TracedModel) -> set[str]:
+    """Return the names of the scales of integers."""
+    names = {node: name for name, node in model.parameters().items()}
+    read: list[Any] = [node.args[SCALES[_packet(node)]] for node in model.graph.nodes if _packet(node) in SCALES]
+    return {names[scale] for scale in read if scale in names}
 
 
 def _widen(model: TracedModel, narrow: torch.dtype) -> None:
@@ -158,11 +182,19 @@ class _Casting:
                 node.replace_input_with(value, self.cast(value, wanted, node))
         if node.kwargs.get("dtype") is None:
             # Not computed anew: not every operator can be, on the sizes of a trace.
-            node.meta["val"] = pytree.tree_map_only(torch.Tensor, partial(_cast, dtype=wanted), node.meta["val"])
+            node.meta["val"] = pytree.tree_map_only(torch.Tensor, partial(self._cast, dtype=wanted), node.meta["val"])
+
+    def _cast(self, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return a value that is of one of the two types in either; others, those of 8 bits too, as they are."""
+        return value.to(dtype) if value.dtype in (WIDE, self.narrow) else value
 
     def _type_of(self, node: Node, floats: list[Node]) -> tuple[torch.dtype, str]:
         """Return the type of the node's arguments and, where that is float32 though some are narrow, why."""
         packet = _packet(node)
+        if packet in ROUNDING_ANEW:
+            return WIDE, "what rounds anew in each call does so in float32"
+        if packet in SCALES:
+            return self.narrow, ""
         if packet in FOLLOWING or packet in JOINED:
             # Of a sum it is the stream that goes on: an island whose result is added to it ends there.
             leading = floats[: 2 if packet in JOINED else 1]
@@ -223,11 +255,6 @@ def _dtype(node: Node) -> torch.dtype | None:
     """Return the type of a node's value if that is one tensor of floating numbers."""
     value = node.meta.get("val")
     return value.dtype if isinstance(value, torch.Tensor) and value.is_floating_point() else None
-
-
-def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a value that is of a floating type in another."""
-    return value.to(dtype) if value.is_floating_point() else value
 
 
 def _numbers(node: Node) -> Iterator[float]:

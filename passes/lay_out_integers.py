@@ -8,10 +8,13 @@
     after   add(matmul(%x, calque.dequantize_linear(%q_t[in, out], %scale_t, …)), %b)      q_t = Derived(transpose, q)
             calque.dynamic_linear(%x, %q_t, %scale, %b)
             calque.dequantize_lookup(%ids, %q, %scale, …)                                  the columns of %q_t where a head reads it
+    or      embedding(%numbers, %ids)                      tables: numbers          numbers = Derived(numbers, q, scale, …) float32
+            reshape(calque.dequantize_linear(%q[out, in], %scale, None, 8, 0, 0), …)       what is no product, with one scale an output
     left    tables of 4 bits, of which no operator of the standard reads entries: they are numbers before they are looked up
 
-Runtimes know a product with integers by their lying [in, out]. A tied table is stored once, as its head reads it. Where the weight
-is not of int8 per channel, without zero points, activations are not rounded: no runtime would gain by it.
+Runtimes know a product with integers by their lying [in, out]. A tied table is stored once, as its head reads it; with ``tables``
+``numbers`` once more as numbers, for runtimes that have integers in front of products alone, as TensorRT. Where the weight is not of
+8 bits per channel, without zero points, in the format that activations are rounded to, they are not: no runtime would gain by it.
 
 Source: DequantizeLinear of the ONNX standard; what ONNX Runtime 1.31 joins, core/optimizer/qdq_transformer.
 """
@@ -19,7 +22,7 @@ Source: DequantizeLinear of the ONNX standard; what ONNX Runtime 1.31 joins, cor
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch.fx import Node
@@ -27,6 +30,7 @@ from torch.fx import Node
 from calque.passes import Rewrites
 from calque.patterns import aten, calls
 from calque.products import PRODUCTS, reads_rows
+from calque.quantized_weight import numbers_of
 from calque.traced import call, user_nodes
 from calque.weights import Derived, Weight, torch_dtype_name, transpose
 
@@ -38,7 +42,12 @@ calque = torch.ops.calque
 
 @dataclass(frozen=True)
 class LayOutIntegers:
-    """Every product with integers, and every lookup in a table of them, reads them as the standard's operators do."""
+    """Every product with integers, and every lookup in a table of them, reads them as the standard's operators do.
+
+    ``tables``: what lookups read, the integers or, where a runtime takes none there, the numbers that they stand for.
+    """
+
+    tables: Literal["integers", "numbers"] = "integers"
 
     after: ClassVar[frozenset[str]] = frozenset({"quantize_weights"})
 
@@ -53,10 +62,14 @@ class LayOutIntegers:
             users = [(user, weight) for weight in tied for user in list(weight.users)]
             if odd := next((user for user, weight in users if not reads_rows(user, weight)), None):
                 skipped.append((tied[0].name, f"{odd.target} reads it, which is no product and no lookup"))
+                count += sum(laying.by_channel(weight) for weight in tied)
                 continue
             product = any(user.target is aten.linear.default for user, _ in users)
             for user, weight in users:
-                laying.replace(user, weight, inputs_first=product)
+                if self.tables == "numbers" and user.target is aten.embedding.default:
+                    laying.look_up_numbers(user, weight)
+                else:
+                    laying.replace(user, weight, inputs_first=product)
             count += len(users)
         model.graph.eliminate_dead_code()
         model.drop_unused_parameters()
@@ -64,17 +77,19 @@ class LayOutIntegers:
 
 
 def _take_back_rounding(model: TracedModel) -> list[tuple[str, str]]:
-    """Return the products whose values are no longer rounded, because their weights are not integers that go with it."""
-    taken = []
+    """Return the products whose values are no longer rounded, because their weights do not go with it."""
+    taken, names = [], {node: name for name, node in model.parameters().items()}
     for node in model.graph.nodes:
         if node.target not in PRODUCTS:
             continue
         weight: Any = node.args[PRODUCTS[node.target].weight]
         value = next((given for given in node.all_input_nodes if given is not weight and unrounded(given) is not None), None)
-        if value is None or weight_of_channels(weight) or calls(weight, calque.dequantize_linear.default):
+        if value is None or _goes_with(value, weight) or calls(weight, calque.dequantize_linear.default):
             continue
         node.replace_input_with(value, unrounded(value))
-        taken.append((node.name, "its values are not rounded: its weight is not of int8 per channel without zero points"))
+        if weight in names:
+            model.rounding.pop(names[weight], None)
+        taken.append((node.name, f"its values are not rounded: its weight is not of {_format(value)} per channel without zero points"))
     return taken
 
 
@@ -86,9 +101,18 @@ def unrounded(value: Any) -> Any:
     return value.args[0].args[0] if quantized else None
 
 
-def weight_of_channels(weight: Any) -> bool:
-    """Return whether a weight is integers of 8 bits with one scale an output and no zero points."""
-    return calls(weight, calque.dequantize_weight.default) and weight.args[2] is None and weight.args[3] == 8 and weight.args[5] == 0
+def _goes_with(value: Node, weight: Any) -> bool:
+    """Return whether a weight of 8 bits, with one scale an output and no zero points, is of the format that a value was rounded to."""
+    if not calls(weight, calque.dequantize_weight.default) or weight.args[2] is not None or weight.args[3] != 8 or weight.args[5]:
+        return False
+    return (weight.args[0].meta["val"].dtype == torch.float8_e4m3fn) == (_format(value) == "fp8")
+
+
+def _format(value: Node) -> str:
+    """Return what the weights must be stored as that go with a rounded value."""
+    integers: Any = value.args[0]
+    static = calls(value, calque.dequantize_linear.default)
+    return "fp8" if static and integers.meta["val"].dtype == torch.float8_e4m3fn else "int8"
 
 
 @dataclass
@@ -120,6 +144,29 @@ class _Laying:
         made.meta = {**user.meta, "val": made.meta["val"]}
         user.replace_all_uses_with(made)
         self.model.graph.erase_node(user)
+
+    def by_channel(self, weight: Node) -> bool:
+        """Return whether integers of one scale an output are numbers by it, as they lie, instead of by blocks as long as a row."""
+        arguments: Any = weight.args
+        if arguments[5]:
+            return False
+        parts = [self._laid(part, part is not arguments[0], False) for part in arguments[:3]]
+        with self.model.graph.inserting_before(weight):
+            made = call(self.model.graph, calque.dequantize_linear.default, *parts, arguments[3], 0, 0)
+        weight.replace_all_uses_with(made)
+        self.model.graph.erase_node(weight)
+        return True
+
+    def look_up_numbers(self, user: Node, weight: Node) -> None:
+        """Let a lookup read what the weight's integers stand for, a parameter of its own."""
+        arguments: Any = weight.args
+        *parts, group = (*arguments[:3], arguments[5])
+        q = parts[0]
+        if (q, "numbers") not in self.made:
+            held = [self.model.weights[self.names[part]] for part in parts if part is not None]
+            name = f"{self.names[q].removesuffix('.q')}.numbers"
+            self.made[q, "numbers"] = self.model.add_parameter(name, numbers_of(*held, group=group), like=q)
+        user.replace_input_with(weight, self.made[q, "numbers"])
 
     def _read(self, user: Node, weight: Node, inputs_first: bool) -> Node:
         """Return the product with a weight [in, out], or the lookup in a table of numbers."""

@@ -1,4 +1,4 @@
-"""Stores the weights of linear layers and embeddings as integers of 4 or 8 bits, and says how they become numbers again.
+"""Stores the weights of linear layers and embeddings as integers of 4 or 8 bits, or in float8_e4m3fn, and how they become numbers again.
 
 ::
 
@@ -15,9 +15,9 @@
     kept    integers of a quantized checkpoint that have the bits asked for, in groups of their own
 
 It goes first: parameters then have the names of the checkpoint, and what joins layers joins their integers. Activations stay as
-they are. The integers are those of every target.
+they are. The integers are those of every target. Of the format e4m3 %q is float8_e4m3fn, with one scale an output.
 
-Source: round to nearest with a search over narrower ranges; AWQ, arXiv 2306.00978; GPTQ, arXiv 2210.17323.
+Source: round to nearest with a search over narrower ranges; AWQ, arXiv 2306.00978; GPTQ, arXiv 2210.17323; e4m3, arXiv 2209.05433.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from calque.integers_file import IntegersFile
 from calque.passes import Rewrites
 from calque.patterns import aten
 from calque.products import Reading, products_behind, readings
-from calque.quantization import SHORTEST_GROUP, Scheme, round_blocks
+from calque.quantization import SHORTEST_GROUP, Format, Scheme, round_blocks
 from calque.quantized_weight import Part, QuantizedWeight
 from calque.stored_integers import KEPT, Dequantized, KeptWeight, anew
 from calque.traced import call, user_nodes
@@ -48,8 +48,8 @@ from calque.weights import Derived, Weight
 if TYPE_CHECKING:
     from calque.traced import TracedModel
 
-Storage = Literal["keep", "int4", "int8"]
-BITS: dict[str, Literal[4, 8]] = {"int4": 4, "int8": 8}
+Storage = Literal["keep", "int4", "int8", "fp8"]
+BITS: dict[str, Literal[4, 8]] = {"int4": 4, "int8": 8, "fp8": 8}
 # What `auto` is where there is text to measure the model on.
 CALIBRATED: Literal["awq", "gptq"] = "gptq"
 
@@ -62,6 +62,8 @@ Planned = tuple[Owners, Reading, Scheme]
 @dataclass(frozen=True)
 class QuantizeWeights:
     """``bits`` and ``group`` (0: one scale an output) of linear layers; ``symmetric``: no zero points.
+
+    ``format``: integers, or e4m3, which has 8 bits, one scale an output and no zero points whatever is said of integers.
 
     ``search``: narrower ranges are tried as well. ``embedding``, ``head``: what tables and the last product are stored as; where
     both are one weight, ``head`` says. ``router``: products that choose experts. ``overrides``: what the weights are stored as
@@ -82,11 +84,14 @@ class QuantizeWeights:
     overrides: dict[str, Storage] = field(default_factory=dict)
     method: Literal["auto", "nearest", "awq", "gptq"] = "auto"
     stored: Literal["any", "symmetric", "none"] = "any"
+    format: Format = "integers"
 
     after: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
-        """Refuse groups that no runtime has kernels for."""
+        """Refuse groups that no runtime has kernels for, and e4m3 in 4 bits."""
+        if self.format == "e4m3" and self.bits != 8:
+            raise ValueError(f"format: e4m3 has 8 bits; found bits: {self.bits}")
         if self.group and (self.group not in (16, 32, 64, 128, 256)):
             raise ValueError(f"group: must be 16, 32, 64, 128, 256, or 0 for one scale an output; found {self.group}")
 
@@ -125,7 +130,7 @@ class QuantizeWeights:
                 model.replaced[owner] = read.restored(made.dequantized(), stored.shape)
                 if owner in model.quantized:
                     model.quantized[owner] = (model.quantized[owner][0], KEPT if isinstance(made, KeptWeight) else anew(scheme))
-                if read.experts == 1:
+                if read.experts == 1 and scheme.format == "integers":  # numbers are multiplied as numbers
                     model.rounding.setdefault(owner, partial(round_blocks, block=scheme.block(read.columns(stored.shape))))
         if calibration:
             _divide(model, calibration)
@@ -156,21 +161,28 @@ class QuantizeWeights:
         storage = self._storage(owners, read, heads, routers)
         if storage == "keep":
             return AS_ASKED
-        weight = model.weights[owners[0][0]]
-        if kept := self._kept(read.rows(_as_stored(weight)), BITS[storage], owners):
+        weight, asked = model.weights[owners[0][0]], self._asked(storage)
+        if kept := self._kept(read.rows(_as_stored(weight)), asked, owners):
             return kept
         columns = read.columns(weight.shape)
         # A group of a table is read as the product reads it: per channel means a whole row in both.
-        scheme = Scheme(BITS[storage], self.group, self.symmetric, self.search and BITS[storage] == 4).fitted(columns)
-        return scheme or f"its rows of {columns} divide into no group of {SHORTEST_GROUP} or more"
+        return asked.fitted(columns) or f"its rows of {columns} divide into no group of {SHORTEST_GROUP} or more"
 
-    def _kept(self, weight: Weight, bits: int, owners: Owners) -> Scheme | None:
+    def _asked(self, storage: Storage) -> Scheme:
+        """Return how a weight is quantized that is stored so, whatever its size."""
+        if storage == "fp8":
+            return Scheme(8, 0, search=False, format="e4m3")
+        return Scheme(BITS[storage], self.group, self.symmetric, self.search and BITS[storage] == 4)
+
+    def _kept(self, weight: Weight, asked: Scheme, owners: Owners) -> Scheme | None:
         """Return how the checkpoint itself holds the weight as integers, where they are those asked for or, unless named, narrower."""
         scheme = weight.scheme if isinstance(weight, Dequantized) else None
         if scheme is None or self.stored == "none" or (self.stored == "symmetric" and not scheme.symmetric):
             return None
+        if scheme.format != asked.format:
+            return None
         # A head in 4 bits would only become larger in 8.
-        return scheme if scheme.bits == bits or (scheme.bits == self.bits and not self._override(owners)) else None
+        return scheme if scheme.bits == asked.bits or (scheme.bits == self.bits and not self._override(owners)) else None
 
     def _override(self, owners: Owners) -> Storage | None:
         fitting = (storage for pattern, storage in self.overrides.items() if any(fnmatchcase(name, pattern) for name, _ in owners))
@@ -184,7 +196,8 @@ class QuantizeWeights:
             return self.head
         if users & routers:
             return self.router
-        return self.embedding if read.kind == "table" else ("int4" if self.bits == 4 else "int8")
+        products: Storage = "fp8" if self.format == "e4m3" else "int4" if self.bits == 4 else "int8"
+        return self.embedding if read.kind == "table" else products
 
 
 def stored_as(model: TracedModel) -> dict[str, Storage]:
@@ -193,7 +206,8 @@ def stored_as(model: TracedModel) -> dict[str, Storage]:
     found: dict[str, Storage] = {}
     for node in user_nodes(model.graph.nodes, torch.ops.calque.dequantize_weight.default):
         q: Any = node.args[0]
-        found[names[q].removesuffix(".q")] = "int4" if node.args[3] == 4 else "int8"
+        integers: Storage = "int4" if node.args[3] == 4 else "int8"
+        found[names[q].removesuffix(".q")] = "fp8" if q.meta["val"].dtype == torch.float8_e4m3fn else integers
     return found
 
 

@@ -77,7 +77,7 @@ def written_attention(q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: 
     heads, groups, size, value_size = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     grouped = op.Reshape(q, ints(0, groups, heads // groups, -1, size))
     key = op.Transpose(op.Unsqueeze(k, ints(2)), perm=[0, 1, 2, 4, 3])
-    scores = op.Mul(wide(op.MatMul(grouped, key)), op.Constant(value_float=scale))
+    scores = op.Mul(wide(op.MatMul(grouped, key), q.dtype), op.Constant(value_float=scale))
     if softcap > 0:
         cap = op.Constant(value_float=softcap)
         scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
@@ -96,9 +96,9 @@ def _beside_sinks(scores: Any, sinks: Any) -> Any:
     return op.Slice(weights, ints(0), ints(-1), ints(-1))
 
 
-def wide(x: Any) -> Any:
-    """Return the value in float32."""
-    return x if x.dtype == FLOAT else op.Cast(x, to=FLOAT)
+def wide(x: Any, dtype: Any = None) -> Any:
+    """Return the value in float32; ``dtype``: its type, where it does not say that itself."""
+    return x if (dtype or x.dtype) == FLOAT else op.Cast(x, to=FLOAT)
 
 
 def lower_right(q: Any, k: Any) -> Any:
@@ -215,8 +215,9 @@ def dequantize_lookup(ids: Any, q: Any, scale: Any, zero_point: Any, axis: int, 
     if zero_point is not None:
         zero: Any = op.Cast(op.Unsqueeze(entries(zero_point, not group), ints(-1)), to=FLOAT)
         number = op.Sub(number, zero)
-    number = op.Mul(number, op.Unsqueeze(entries(scale, not group), ints(-1)))
-    return op.Reshape(number, ints(*[0] * rank, size)) if group else number
+    number = op.Mul(number, wide(op.Unsqueeze(entries(scale, not group), ints(-1)), scale.dtype))
+    number = op.Reshape(number, ints(*[0] * rank, size)) if group else number
+    return number if scale.dtype == FLOAT else op.Cast(number, to=scale.dtype)
 
 
 def round_activations(x: Any) -> Any:

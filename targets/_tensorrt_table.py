@@ -19,38 +19,29 @@ from onnxscript import opset23 as op
 
 from calque import slot_ops  # noqa: F401  # registers prefix_attention
 from calque.targets._standard import STANDARD, Table, ints, lower_right, placed, wide, written_attention
+from calque.targets._tensorrt_attention import fused
 
 DOMAIN, PREFIX_ATTENTION = "trt", "TRT_Attention"
 LOWER_RIGHT = {"causal_kind": "lower_right"}
-NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def attention(q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float, sinks: Any, causal: bool) -> Any:
     """Return ``Attention`` where the builder has a kernel for it, else attention written out."""
     if mask is None and causal:
         mask = lower_right(q, k)
-    if softcap > 0 or sinks is not None or not fused(q, v):
+    if softcap > 0 or sinks is not None or not fused(q.shape[3], v.shape[3], q.dtype, mask is not None):
         return written_attention(q, k, v, mask, scale, softcap, sinks)
     return op.Attention(q, k, v, mask, scale=scale)[0]
 
 
 def prefix_attention(q: Any, k: Any, v: Any, lengths: Any, scale: float) -> Any:
     """Return ``TRT_Attention``, whose queries are multiplied by the scale beforehand: in float32, so that they are rounded once."""
-    if not fused(q, v):
+    if not fused(q.shape[3], v.shape[3], q.dtype):
         return written_attention(q, k, v, prefix_mask(q, k, lengths), scale, 0.0, None)
     scaled = op.CastLike(op.Mul(wide(q), op.Constant(value_float=scale)), q)
     made = placed(PREFIX_ATTENTION, [scaled, k, v, None, None, lengths], domain=DOMAIN, **LOWER_RIGHT)
     made.dtype = q.dtype
     return made
-
-
-def fused(q: Any, v: Any) -> bool:
-    """Return whether the builder has one kernel for attention over these queries and values.
-
-    Source: heads of 8 to 512 and values of other sizes, tried on the builder of TensorRT-RTX 1.7.1.
-    """
-    size = q.shape[3]
-    return q.dtype in NARROW and v.shape[3] == size and 16 <= size <= 256 and size % 8 == 0
 
 
 def prefix_mask(q: Any, k: Any, lengths: Any) -> Any:

@@ -42,6 +42,7 @@ DTYPES = {
     "bool": "BOOL",
     "uint8": "UINT8",
     "int8": "INT8",
+    "float8_e4m3fn": "FLOAT8E4M3FN",
 }
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from calque.packing import pack, pack_zero_points, unpack, unpacked_weight
-from calque.quantization import Scheme, bounds, dequantize, quantize
-from calque.quantized_weight import QuantizedWeight
-from calque.weights import Derived, Weight
+from calque.quantization import LARGEST_E4M3, Scheme, bounds, dequantize, narrow_scale, quantize, round_e4m3
+from calque.quantized_weight import QuantizedWeight, with_scales
+from calque.weights import Derived, Weight, transpose
 
 
 def weight(rows: int = 24, columns: int = 128, seed: int = 0) -> torch.Tensor:
@@ -132,3 +132,45 @@ def test_an_odd_number_of_zero_points_ends_in_half_a_byte() -> None:
     packed = pack_zero_points(zero_points, 4)
     assert packed.shape == (1, 2)
     assert torch.equal(unpack(packed, 4, 3), zero_points)
+
+
+E4M3 = Scheme(8, 0, search=False, format="e4m3")
+
+
+def test_e4m3_keeps_four_binary_digits_of_every_number_and_the_largest_of_a_row_exactly() -> None:
+    tensor = weight() * torch.logspace(-6, 4, 24)[:, None]
+    made = quantize(tensor, E4M3)
+    assert (made.q.dtype, made.zero_point, str(E4M3)) == (torch.float8_e4m3fn, None, "fp8")
+    q, back = made.q.to(torch.float32), dequantize(made.q, made.scale, None, 0)
+    assert q.isfinite().all()
+    assert torch.equal(q.abs().amax(1), torch.full((24,), LARGEST_E4M3))
+    # Half of the last of four digits; below the smallest normal number, 2^-6, digits are of fixed size.
+    allowed = torch.maximum(tensor.abs() * 2**-4, made.scale * 2**-10) * 1.001
+    assert ((back - tensor).abs() <= allowed).all()
+    assert ((back - tensor).abs() > tensor.abs() * 2**-6).any()
+
+
+def test_e4m3_of_rows_of_zeros_has_scale_one_and_what_lies_outside_is_the_largest() -> None:
+    made = quantize(torch.zeros(2, 32), E4M3)
+    assert torch.equal(made.scale, torch.ones(2, 1))
+    assert not dequantize(made.q, made.scale, None, 0).any()
+    assert round_e4m3(torch.tensor([1e6, -449.0, 447.0, 0.3])).tolist() == [448.0, -448.0, 448.0, 0.3125]
+
+
+def test_scales_in_a_narrower_type_are_never_zero() -> None:
+    scale = torch.tensor([[1e-12], [3e-4], [1.0], [1e9]])
+    narrow = narrow_scale(scale, torch.float16)
+    assert narrow.dtype == torch.float16
+    assert narrow.flatten().tolist() == [2.0**-24, float(torch.tensor(3e-4).half()), 1.0, 65504.0]
+
+
+@pytest.mark.parametrize("scheme", [E4M3, Scheme(8, 0, search=False), Scheme(4, 32, symmetric=False)], ids=str)
+def test_what_integers_stand_for_follows_their_scales(scheme: Scheme) -> None:
+    made = quantize(weight(), scheme)
+    held_weight = QuantizedWeight.nearest(held(weight()), scheme)
+    numbers = transpose(held_weight.dequantized())
+    narrow = with_scales(numbers, torch.float16)
+    expected = dequantize(made.q, made.scale.half().float(), made.zero_point, scheme.group)
+    assert torch.equal(narrow.read(), expected.t())
+    assert not torch.equal(numbers.read(), narrow.read())
+    assert with_scales(held(weight()), torch.float16).read().equal(weight())

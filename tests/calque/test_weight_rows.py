@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from calque.checkpoint import read_headers
 from calque.packing import pack
 from calque.quantization import Quantized, Scheme, dequantize, quantize
-from calque.quantized_weight import QuantizedWeight
+from calque.quantized_weight import QuantizedWeight, numbers_of
 from calque.targets._to_onnx import _InPieces
 from calque.weights import Derived, Stored, Weight, cast, pieces, transpose
 
 ROWS, COLUMNS = 96, 64
+E4M3 = Scheme(8, 0, search=False, format="e4m3")
 
 
 @pytest.fixture
@@ -59,17 +60,17 @@ def test_rows_of_a_view_of_a_pickle_are_cut_from_the_whole(stored: dict[str, Sto
     assert torch.equal(view.read_rows(5, 7), one.read().t()[5:7])
 
 
-@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 16, symmetric=False), Scheme(8, 0, search=False)], ids=str)
+@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 16, symmetric=False), Scheme(8, 0, search=False), E4M3], ids=str)
 def test_integers_in_pieces_are_those_of_the_whole(scheme: Scheme, stored: dict[str, Stored]) -> None:
     whole = {name: part.read() for name, part in QuantizedWeight.nearest(stored["one"], scheme).parts().items()}
     quantized = QuantizedWeight.nearest(stored["one"], scheme)
     for name, part in quantized.parts().items():
-        assert torch.equal(torch.cat(list(pieces(part, 7 * COLUMNS * 4))), whole[name]), name
+        assert torch.equal(octets(torch.cat(list(pieces(part, 7 * COLUMNS * 4)))), octets(whole[name])), name
     floats = QuantizedWeight.nearest(stored["one"], scheme).dequantized()
     assert torch.equal(floats.read_rows(11, 50), floats.read()[11:50])
 
 
-@pytest.mark.parametrize("scheme", [Scheme(4, 16, symmetric=False), Scheme(8, 0)], ids=str)
+@pytest.mark.parametrize("scheme", [Scheme(4, 16, symmetric=False), Scheme(8, 0), E4M3], ids=str)
 def test_integers_are_made_once_however_often_and_in_whatever_pieces_they_are_read(scheme: Scheme, stored: dict[str, Stored]) -> None:
     reads: list[tuple[int, int]] = []
 
@@ -83,13 +84,26 @@ def test_integers_are_made_once_however_often_and_in_whatever_pieces_they_are_re
     assert torch.equal(floats.read_rows(8, 40), dequantized(expected, scheme)[8:40])
     first = list(reads)
     for name, part in quantized.parts().items():
-        assert torch.equal(part.read_rows(10, 30), getattr(expected, name)[10:30]), name
+        assert torch.equal(octets(part.read_rows(10, 30)), octets(getattr(expected, name)[10:30])), name
         assert part.read_rows(10, 30).dtype == getattr(expected, name).dtype
     assert reads == first
     assert torch.equal(floats.read(), dequantized(expected, scheme))
     made = len(reads)
     assert torch.equal(torch.cat(list(pieces(floats, 7 * COLUMNS * 4))), dequantized(expected, scheme))
     assert len(reads) == made
+
+
+def octets(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor; torch compares no numbers of 8 bits."""
+    return tensor.contiguous().view(torch.uint8)
+
+
+def test_numbers_of_a_table_are_read_some_rows_at_a_time(stored: dict[str, Stored]) -> None:
+    scheme = Scheme(4, 16, symmetric=False)
+    made = QuantizedWeight.nearest(stored["one"], scheme)
+    table = numbers_of(*made.parts().values(), group=16)
+    assert table.by_rows
+    assert torch.equal(torch.cat(list(pieces(table, 7 * COLUMNS * 4))), made.dequantized().read())
 
 
 def dequantized(made: Quantized, scheme: Scheme) -> torch.Tensor:

@@ -9,16 +9,21 @@ from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
 from calque import passes
-from calque.choices import NARROW, NarrowType
+from calque.choices import NARROW, QUANTIZED, NarrowType
 from calque.errors import UsageError
 from calque.passes import Pass
 from calque.passes.cast_precision import CastPrecision
+from calque.passes.lay_out_integers import LayOutIntegers
+from calque.passes.quantize_activations import QuantizeActivations
+from calque.passes.quantize_weights import QuantizeWeights
+from calque.quantized_ops import RoundTrip
 from calque.targets.onnxruntime import OnnxRuntime
 from calque.traced import TracedModel
+from calque.validation.eager import with_weights
 from calque.weights import Derived, Weight
 from tests.passes.check_pass import check_pass
 from tests.passes.small_graphs import small
-from tests.tiny_models import TYPES, answers, prompt, shared_trace, traced
+from tests.tiny_models import TYPES, answers, prompt, shared_trace, source_of, traced
 
 aten = torch.ops.aten
 # How far the narrow arithmetic of two or three layers may lie from float32, weights rounded too, in σ.
@@ -238,3 +243,87 @@ def test_plan_that_stores_weights_otherwise_than_the_precision_says_is_refused()
 def test_shared_trace_is_never_changed() -> None:
     joined("llama")
     assert {state.dtype for state in shared_trace("llama").states} == {"float32"}
+
+
+INTEGERS: dict[str, tuple[Pass, ...]] = {
+    "int8": (QuantizeWeights(**QUANTIZED["int8"]),),
+    "int4": (QuantizeWeights(symmetric=False),),
+    "int8-static": (QuantizeActivations("static", symmetric=True), QuantizeWeights(**QUANTIZED["int8"])),
+    "fp8": (QuantizeActivations("auto", format="e4m3"), QuantizeWeights(**QUANTIZED["fp8"])),
+    "dynamic": (QuantizeActivations(), QuantizeWeights(**QUANTIZED["int8"])),
+}
+
+
+def of_integers(name: str, plan: tuple[Pass, ...], *later: Pass) -> TracedModel:
+    model = traced(name)
+    model.samples = ((5, 6, 7, 8, 9, 10, 11),)
+    passes.run([*plan, *later], model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "later"),
+    [("int8", ()), ("fp8", ()), ("int4", (LayOutIntegers(),)), *((kind, (LayOutIntegers("numbers"),)) for kind in INTEGERS)],
+    ids=str,
+)
+def test_integers_are_multiplied_in_the_narrow_type_and_stay_what_they_are(kind: str, later: tuple[Pass, ...]) -> None:
+    model = of_integers("llama", INTEGERS[kind], *later)
+    inputs = prompt(model)
+    kept = {name: weight for name, weight in model.weights.entries.items() if model.parameters()[name].meta["val"].dtype != torch.float32}
+    # A value next to the middle of two that 8 bits hold may be rounded to either.
+    check_pass(CastPrecision(), model, inputs, 0.8 if len(INTEGERS[kind]) > 1 else ROUNDINGS["float16"])
+    assert false_types(model, inputs) == []
+    assert {name: model.weights[name] for name in kept} == kept
+    linears = [node for node in model.graph.nodes if node.target in (aten.matmul.default, aten.linear.default)]
+    # The angles are a product too.
+    assert {dtype_of(node) for node in linears if dtype_of(node.args[1]) != torch.float32} <= {torch.float16}
+    assert sum(dtype_of(node) == torch.float16 for node in linears) >= (0 if kind == "dynamic" and later else 15)
+
+
+@pytest.mark.parametrize("dtype", NARROW.values())
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_replaced_weights_are_those_of_the_narrow_scales(name: str, dtype: NarrowType) -> None:
+    model = of_integers(name, INTEGERS["int8"], LayOutIntegers("numbers"))
+    before = {key: weight.read() for key, weight in model.replaced.items()}
+    passes.run([CastPrecision(dtype)], model)
+    narrow, key = getattr(torch, dtype), next(key for key in before if "down_proj" in key or "c_proj" in key)
+    q = model.weights[f"{key}.q.transposed"].read().float()
+    scale = model.weights[f"{key}.scale.each"].read()
+    assert scale.dtype == narrow
+    numbers = q * scale.float()
+    after = model.replaced[key].read()
+    assert torch.equal(after, numbers if name == "gpt2" else numbers.t())
+    assert not torch.equal(after, before[key])
+    assert torch.equal(model.replaced[key].read_rows(3, 5), after[3:5])
+    table = next(key for key in model.weights.entries if key.endswith(".numbers"))
+    assert torch.equal(model.weights[table].read(), model.replaced[table.removesuffix(".numbers")].read().to(narrow))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_narrow_graph_computes_what_eager_does_with_the_replaced_weights(name: str) -> None:
+    model = of_integers(name, INTEGERS["int8"], LayOutIntegers("numbers"), CastPrecision("bfloat16"))
+    inputs = prompt(model, 9)
+    eager = with_weights(source_of(name).load_eager(), model.replaced)
+    with torch.no_grad():
+        expected = eager(torch.tensor(inputs["input_ids"])).logits.numpy()
+    assert np.abs(answers(model, inputs)["logits"] - expected).max() < 0.3 * expected.std()
+
+
+def test_what_the_gate_rounds_by_has_the_narrow_scale() -> None:
+    model = of_integers("llama", INTEGERS["int8-static"])
+    before = dict(model.rounding)
+    passes.run([CastPrecision()], model)
+    for name, made in model.rounding.items():
+        was = before[name]
+        if isinstance(made, RoundTrip) and isinstance(was, RoundTrip):
+            assert torch.equal(made.scale, was.scale.half())
+    assert sum(isinstance(made, RoundTrip) for made in model.rounding.values()) == 15
+
+
+def test_scales_stay_float32_where_arithmetic_does() -> None:
+    model = of_integers("llama", INTEGERS["int8"], LayOutIntegers("numbers"))
+    inputs, replaced = prompt(model), dict(model.replaced)
+    scales = {name: weight for name, weight in model.weights.entries.items() if ".scale" in name or name.endswith(".numbers")}
+    check_pass(CastPrecision(arithmetic="float32"), model, inputs, ROUNDINGS["float16"])
+    assert {name: model.weights[name] for name in scales} == scales
+    assert model.replaced == replaced

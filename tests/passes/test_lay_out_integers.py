@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from calque import passes
+from calque.choices import QUANTIZED
 from calque.passes.lay_out_integers import LayOutIntegers
 from calque.passes.quantize_activations import QuantizeActivations
 from calque.passes.quantize_weights import QuantizeWeights
@@ -89,3 +90,94 @@ def test_static_rounding_is_taken_back_from_groups() -> None:
     done = passes.run_one(LayOutIntegers(), model)
     assert len(done.skipped) == 15
     assert "calque.quantize_linear.default" not in histogram(model)
+
+
+NUMBERS = LayOutIntegers("numbers")
+FP8 = QuantizeWeights(**QUANTIZED["fp8"])
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("llama", PER_CHANNEL),
+        ("llama", QuantizeWeights(symmetric=False)),
+        ("gemma2", QuantizeWeights(embedding="int4", head="int4")),
+        ("gpt2", PER_CHANNEL),
+    ],
+    ids=str,
+)
+def test_tables_are_looked_up_as_the_numbers_that_their_integers_stand_for(name: str, weights: QuantizeWeights) -> None:
+    model = quantized(name, weights)
+    replaced = dict(model.replaced)
+    check_pass(NUMBERS, model, prompt(model))
+    found = histogram(model)
+    assert (found[LOOKUP], found["calque.dequantize_weight.default"]) == (0, 0)
+    tables = {key: weight for key, weight in model.weights.entries.items() if key.endswith(".numbers")}
+    assert len(tables) == (2 if name == "gpt2" else 1)
+    for key, table in tables.items():
+        assert torch.equal(table.read(), replaced[key.removesuffix(".numbers")].read()), key
+        assert table.by_rows
+        assert key.replace(".numbers", ".q") not in model.weights
+
+
+def test_tied_head_keeps_reading_the_integers() -> None:
+    model = quantized("gemma2", PER_CHANNEL)
+    passes.run_one(NUMBERS, model)
+    [table] = [key for key in model.weights.entries if key.endswith(".numbers")]
+    head = model.weights[table.replace(".numbers", ".q.transposed")]
+    assert head.read().dtype == torch.int8
+    assert histogram(model)[DEQUANTIZE] == 15
+
+
+def test_numbers_that_e4m3_stands_for_are_looked_up_as_well() -> None:
+    model = quantized("llama", QuantizeWeights(bits=8, group=0, format="e4m3", embedding="fp8", head="fp8"))
+    entries = model.copy()
+    check_pass(NUMBERS, model, prompt(model))
+    assert histogram(model)[DEQUANTIZE] == 15
+    check_pass(LayOutIntegers(), entries, prompt(entries))
+    assert histogram(entries)[LOOKUP] == 1
+
+
+def test_integers_of_experts_have_their_scale_by_output() -> None:
+    model = quantized("mixtral", PER_CHANNEL)
+    done = check_pass(LayOutIntegers(), model, prompt(model))
+    assert len(done.skipped) == 4
+    assert histogram(model)["calque.dequantize_weight.default"] == 0
+    shapes = {tuple(node.args[1].meta["val"].shape) for node in user_nodes(model.graph.nodes, calque.dequantize_linear.default)}  # type: ignore[union-attr]
+    assert {len(shape) for shape in shapes} == {1}
+
+
+def static(name: str, activations: QuantizeActivations, weights: QuantizeWeights) -> TracedModel:
+    model = traced(name)
+    model.samples = ((5, 6, 7, 8),)
+    passes.run([activations, weights], model)
+    return model
+
+
+def test_values_of_e4m3_go_with_weights_of_e4m3_and_not_with_a_head_that_stays() -> None:
+    model = static("llama", QuantizeActivations("auto", format="e4m3"), FP8)
+    assert "lm_head.weight" in model.rounding
+    done = passes.run_one(LayOutIntegers(), model)
+    assert [reason for _, reason in done.skipped] == [
+        "its values are not rounded: its weight is not of fp8 per channel without zero points"
+    ]
+    assert len(model.rounding) == 14
+    assert "lm_head.weight" not in model.rounding
+    assert histogram(model)["calque.quantize_linear.default"] == 8
+
+
+@pytest.mark.parametrize(
+    ("activations", "weights"),
+    [(QuantizeActivations("static", symmetric=True), FP8), (QuantizeActivations("auto", format="e4m3"), PER_CHANNEL)],
+)
+def test_one_format_is_not_multiplied_by_another(activations: QuantizeActivations, weights: QuantizeWeights) -> None:
+    model = static("llama", activations, weights)
+    done = passes.run_one(LayOutIntegers(), model)
+    assert len(done.skipped) == 15
+    assert "calque.quantize_linear.default" not in histogram(model)
+
+
+def test_symmetric_values_of_int8_go_with_weights_of_int8() -> None:
+    model = static("llama", QuantizeActivations("static", symmetric=True), PER_CHANNEL)
+    assert passes.run_one(LayOutIntegers(), model).skipped == ()
+    assert histogram(model)["calque.quantize_linear.default"] == 9

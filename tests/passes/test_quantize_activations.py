@@ -12,7 +12,8 @@ from calque.activation_ranges import ActivationRange, Method, steps
 from calque.calibration import observe
 from calque.errors import UsageError
 from calque.passes.quantize_activations import QuantizeActivations
-from calque.quantized_ops import dynamic_range
+from calque.quantization import round_e4m3
+from calque.quantized_ops import RoundTrip, dynamic_range
 from calque.traced import TracedModel, user_nodes
 from tests.passes.check_pass import histogram
 from tests.tiny_models import VOCABULARY, answers, prompt, traced
@@ -109,7 +110,12 @@ def test_kept_products_are_named_and_left() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [({"percentile": 50.0}, "percentile"), ({"mode": "dynamic", "symmetric": True}, "mode: static")]
+    ("options", "said"),
+    [
+        ({"percentile": 50.0}, "percentile"),
+        ({"mode": "dynamic", "symmetric": True}, "mode: static"),
+        ({"format": "e4m3"}, "mode: static or auto"),
+    ],
 )
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
@@ -128,6 +134,11 @@ def seen_range(*parts: Tensor) -> ActivationRange:
     for part in parts:
         made.add(part)
     return made
+
+
+def e4m3_error(x: Tensor, bounds: tuple[float, float]) -> float:
+    scale = steps(*bounds, symmetric=True, format="e4m3")[0]
+    return float((round_e4m3(x / scale) * scale - x).square().mean())
 
 
 def error(x: Tensor, bounds: tuple[float, float], symmetric: bool = False) -> float:
@@ -173,3 +184,62 @@ def test_zero_is_always_an_integer(method: Method) -> None:
     assert low == 0 < high
     assert steps(low, high, symmetric=False)[1] == 0
     assert steps(*ActivationRange().bounds(method), symmetric=False) == (1.0, 0, 0, 255)
+
+
+def test_range_of_e4m3_is_the_largest_number_and_mse_clips_where_that_helps() -> None:
+    x = torch.randn(1024, 512, generator=torch.Generator().manual_seed(3)).abs()
+    x[0, 0] = 2000.0
+    counted = seen_range(x)
+    assert steps(*counted.bounds("minmax", symmetric=True), symmetric=True, format="e4m3") == (2000.0 / 448, 0, -448, 448)
+    low, high = counted.bounds("percentile", 99.9, symmetric=True)
+    assert low == -high
+    # Digits are as many wherever the range ends, so that little is won but by clipping; nothing is lost.
+    whole, best = counted.bounds("minmax", symmetric=True), counted.bounds("mse", symmetric=True, format="e4m3")
+    assert e4m3_error(x, best) <= e4m3_error(x, whole) * 1.01
+    assert steps(*ActivationRange().bounds("mse", symmetric=True, format="e4m3"), symmetric=True, format="e4m3")[0] == 1.0
+
+
+E4M3 = QuantizeActivations("auto", format="e4m3")
+
+
+def test_auto_rounds_where_there_is_a_text_and_asks_for_none() -> None:
+    model = traced("llama")
+    assert not E4M3.calibrated
+    assert passes.run_one(E4M3, model).count == 0
+    assert model.rounding == {}
+    model = calibrated("llama")
+    done = passes.run_one(E4M3, model)
+    assert done.count == len(model.rounding) == 15
+    code = str(model.graph)
+    assert passes.run_one(E4M3, model).count == 0
+    assert str(model.graph) == code
+
+
+@pytest.mark.parametrize("pass_", [E4M3, QuantizeActivations("static", symmetric=True), STATIC], ids=["e4m3", "int8", "uint8"])
+def test_what_the_gate_rounds_by_is_what_the_graph_does(pass_: QuantizeActivations) -> None:
+    model = calibrated("llama")
+    passes.run_one(pass_, model)
+    name = "model.layers.1.mlp.down_proj.weight"
+    rounding = model.rounding[name]
+    assert isinstance(rounding, RoundTrip)
+    scale, zero = (model.weights[f"{name}.input_{part}"].read() for part in ("scale", "zero_point"))
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(1)) * 300 * float(scale)
+    x[0, 0] = 1e6 * float(scale)
+    expected = calque.dequantize_linear(calque.quantize_linear(x, scale, zero), scale, zero, 8, 0, 0)
+    assert torch.equal(rounding(x), expected)
+    assert not torch.equal(rounding(x), x)
+    assert rounding(x).isfinite().all()
+    narrow = rounding.narrowed(torch.float16)
+    assert float(narrow.scale) == float(scale.half())
+    assert narrow(x).dtype == torch.float32
+
+
+def test_values_of_e4m3_change_the_answer_little_and_not_with_the_batch() -> None:
+    model = calibrated("llama")
+    inputs = prompt(model)
+    before = answers(model, inputs)["logits"]
+    passes.run_one(E4M3, model)
+    both = answers(model, inputs)["logits"]
+    assert 1e-3 < np.abs(both - before).max() / before.std() < 0.7
+    dtypes = {node.meta["val"].dtype for node in user_nodes(model.graph.nodes, calque.quantize_linear.default)}
+    assert dtypes == {torch.float8_e4m3fn}

@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from calque import passes
 from calque.awq import channel_scales, product_error
 from calque.calibration import Moments
+from calque.choices import QUANTIZED
 from calque.converters import causal_lm
 from calque.errors import UsageError
+from calque.facts import weights_by_layer
 from calque.gptq import gptq
 from calque.passes.cache_dynamic import CacheDynamic
 from calque.passes.pack_weights import PackWeights
-from calque.passes.quantize_weights import QuantizeWeights
+from calque.passes.quantize_weights import QuantizeWeights, stored_as
 from calque.quantization import Quantized, Scheme, dequantize, quantize
 from calque.quantized_weight import QuantizedWeight
 from calque.source import ModelSource
@@ -309,3 +311,60 @@ def test_weights_that_are_rounded_to_nearest_are_made_some_rows_at_a_time() -> N
     passes.run([QuantizeWeights(group=16), CacheDynamic(), PackWeights()], model)
     assert [name for name, weight in model.weights.entries.items() if name.endswith(".packed") and not weight.by_rows] == []
     assert [name for name, weight in model.replaced.items() if not weight.by_rows] == []
+
+
+FP8 = QuantizeWeights(**QUANTIZED["fp8"])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_products_of_precision_fp8_read_e4m3_and_tables_heads_and_routers_stay(name: str) -> None:
+    model = traced(name)
+    done = passes.run_one(FP8, model)
+    assert done.count == len(integers(model)) > 7
+    assert {weight.dtype for weight in integers(model).values()} == {torch.float8_e4m3fn}
+    assert set(stored_as(model).values()) == {"fp8"}
+    assert not [key for key in integers(model) if "embed" in key or "wte" in key or "lm_head" in key or ".gate.weight" in key]
+    assert model.rounding == {}
+    inputs = prompt(model, 9)
+    expected = eager_logits(source_of(name), model, inputs)
+    assert np.abs(answers(model, inputs)["logits"] - expected).max() <= 1e-5 * expected.std()
+    code = str(model.graph)
+    assert passes.run_one(FP8, model).count == 0
+    assert str(model.graph) == code
+
+
+def test_a_number_of_eight_bits_weighs_one_byte() -> None:
+    model, before = traced("llama"), traced("llama")
+    passes.run_one(FP8, model)
+    [layer] = [group for group in weights_by_layer(model) if group["name"] == "model.layers.0"]
+    shapes = [weight.shape for name, weight in before.weights.entries.items() if name.startswith("model.layers.0.") and name.count("_proj")]
+    norms = sum(weight.shape[0] for name, weight in before.weights.entries.items() if name.startswith("model.layers.0.") and "norm" in name)
+    stored = 2 if "bfloat16" in str(before.weights["model.layers.0.input_layernorm.weight"].read().dtype) else 4
+    assert layer["bytes"] == sum(rows * columns + 4 * rows for rows, columns in shapes) + stored * norms
+
+
+def test_overrides_know_fp8_whatever_the_rest_is() -> None:
+    model = traced("llama")
+    overrides: Any = {"*down_proj*": "fp8", "*layers.0.mlp.up*": "keep"}
+    passes.run_one(QuantizeWeights(symmetric=False, overrides=overrides), model)
+    stored = stored_as(model)
+    assert {stored[name] for name in stored if "down_proj" in name} == {"fp8"}
+    assert stored["model.layers.1.mlp.up_proj.weight"] == "int4"
+    made = model.weights["model.layers.0.mlp.down_proj.weight.scale"]
+    assert made.shape == (model.weights["model.layers.0.mlp.down_proj.weight.q"].shape[0], 1)
+    assert "model.layers.0.mlp.down_proj.weight.zero_point" not in model.weights
+
+
+def test_e4m3_in_four_bits_is_refused() -> None:
+    with pytest.raises(ValueError, match="e4m3 has 8 bits; found bits: 4"):
+        QuantizeWeights(format="e4m3")
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_calibrated_methods_round_to_e4m3_too(method: Any) -> None:
+    model = calibrated("llama")
+    passes.run_one(replace(FP8, method=method), model)
+    assert {weight.dtype for weight in integers(model).values()} == {torch.float8_e4m3fn}
+    inputs = prompt(model, 9)
+    expected = eager_logits(source_of("llama"), model, inputs)
+    assert np.abs(answers(model, inputs)["logits"] - expected).max() <= 1e-5 * expected.std()
