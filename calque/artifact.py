@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from calque.choices import QUANTIZED
 from calque.errors import ArtifactUnreadable, BuildFailed, ParityFailed
 from calque.states import StateSpec
 
@@ -69,6 +70,8 @@ class Check:
 
 
 NOT_RUN = Check("not_run", reason="not reached")
+# The targets whose files say all that is rounded.
+AS_WRITTEN = ("tensorrt",)
 # The worst figure of a run that agrees exactly; no smaller one is worth a digit in the manifest.
 FLOOR = 1e-9
 
@@ -212,6 +215,15 @@ class Artifact:
             limits=Limits(**data["limits"]),
             proof=Proof(numerics, build, execution),
         )
+
+
+def rounds_activations(artifact: Artifact) -> bool:
+    """Return whether running the artifact rounds activations to 8 bits: where its file says so, or its runtime does so of itself."""
+    if artifact.passes.get("quantize_activations", 0):
+        return True
+    # ONNX Runtime multiplies integers with rounded values unless it is told not to.
+    options = artifact.recipe.get("options", {})
+    return artifact.target not in AS_WRITTEN and artifact.precision in QUANTIZED and options.get("activations", "int8") != "float32"
 
 
 def round_up(value: float) -> float:

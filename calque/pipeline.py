@@ -140,10 +140,9 @@ def prove(conversion: Conversion, artifact: Artifact, report: Report, scratch: P
     shown = telling_scenario(chosen) if artifact.states else None
     load_eager = cache(conversion.eager)
     with stages("reference"):
-        becomes = partial(passes.expected, conversion.plan)
-        expected = store_reference(
-            load_eager, chosen, ModelIO.of(artifact), artifact.folder, scratch, becomes, rounding=conversion.rounding
-        )
+        becomes, io = partial(passes.expected, conversion.plan), ModelIO.of(artifact)
+        rounding = conversion.rounding if io.rounded else None
+        expected = store_reference(load_eager, chosen, io, artifact.folder, scratch, becomes, rounding=rounding)
         states, note = states_alone(load_eager(), shown) if shown else ({}, "")
         load_eager.cache_clear()  # what opens the artifact needs the memory
     with stages("prove"):
@@ -180,7 +179,8 @@ def prove_by_blocks(conversion: Conversion, artifact: Artifact, report: Report, 
     becomes = partial(passes.expected, conversion.plan)
     with stages("reference"):
         load, io = conversion.streamed_eager, ModelIO.of(artifact)
-        expected = store_reference(load, chosen, io, artifact.folder, scratch, becomes, rounding=conversion.rounding)
+        rounding = conversion.rounding if io.rounded else None
+        expected = store_reference(load, chosen, io, artifact.folder, scratch, becomes, rounding=rounding)
     with stages("prove"):
         proof, rows = run_scenarios(artifact, conversion.in_blocks(artifact), chosen, expected)
         if targets.exact(conversion.target, artifact, conversion.recipe.threads):

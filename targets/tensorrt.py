@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from calque.artifact import Artifact, GraphSpec
-from calque.choices import NARROW
+from calque.artifact import Artifact, GraphSpec, rounds_activations
+from calque.choices import NARROW, QUANTIZED
 from calque.errors import TargetUnavailable
 from calque.passes import Pass
 from calque.targets import Built, Emitted, Problem, optional_rows, package_rows
@@ -52,7 +52,7 @@ class TensorRT:
     via: Literal["onnx", "torch-tensorrt"] = "onnx"
 
     name: ClassVar[str] = "tensorrt"
-    precisions: ClassVar[tuple[str, ...]] = ("fp16", "fp32", "bf16")
+    precisions: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32", "int8", "int8-static", "int4", "fp8")
 
     def require(self) -> None:
         """Leave quietly if what the options ask for is here.
@@ -75,10 +75,15 @@ class TensorRT:
         from calque.passes.fuse_prefix_attention import FusePrefixAttention
         from calque.passes.fuse_rms_norm import FuseRmsNorm
         from calque.passes.fuse_rotary import FuseRotary
+        from calque.passes.lay_out_integers import LayOutIntegers
         from calque.passes.simplify_shapes import SimplifyShapes
         from calque.passes.transpose_linear import TransposeLinear
 
+        quantized = precision in QUANTIZED
+        # Weights belong to the precision; activations of those that quantize are float16, as of none that is named.
+        narrow = "float16" if quantized else NARROW.get(precision)
         return (
+            *(_quantize(precision) if quantized else ()),  # first, while parameters have the names of the checkpoint
             DropZeroBias(),  # an addition less for each
             FuseGelu(),  # up to eight operators an activation become one
             FuseRmsNorm(),  # five operators a norm become one
@@ -87,8 +92,9 @@ class TensorRT:
             CacheStatic(),  # slots, which TensorRT writes in place
             *((FusePrefixAttention(),) if self.attention == "trt" else ()),  # each step reads the slots that are filled
             SimplifyShapes(),  # shapes that are numbers to the builder
+            *((LayOutIntegers(tables="numbers"),) if quantized else ()),  # integers in front of products, which is where the builder takes them
             TransposeLinear(),  # MatMul reads [in, out]
-            *((CastPrecision(NARROW[precision]),) if precision in NARROW else ()),  # last: casts stand between what others look for
+            *((CastPrecision(narrow),) if narrow else ()),  # last: casts stand between what others look for
         )
 
     def problems(self, model: TracedModel) -> list[Problem]:
@@ -134,7 +140,7 @@ class TensorRT:
         from calque.targets._tensorrt_profiles import profiles
 
         own = (artifact.folder / OWN).is_file()
-        build = {
+        build: dict[str, Any] = {
             "schema": 1,
             "onnx": OWN if own else FILE,
             "engine": ENGINE,
@@ -146,7 +152,10 @@ class TensorRT:
             "hardware_compatibility_level": "NONE",
             "compute_capabilities": [],
         }
-        return artifact, write_package(artifact.folder, build, profiles(artifact, self.profiles))
+        if artifact.precision == "fp32":
+            build["cleared_builder_flags"] = ["TF32"]  # which the builder allows by itself: 10 bits of a product's 23
+        write_package(artifact.folder, build, profiles(artifact, self.profiles))
+        return artifact, []
 
     def open(self, artifact: Artifact, threads: int = 0) -> Session:
         """Return a session of ONNX Runtime on this machine's CPU over model.onnx.
@@ -163,11 +172,17 @@ class TensorRT:
             )
         return StandardSession(artifact, threads)
 
+    def exact(self, artifact: Artifact, threads: int = 0) -> Session | None:
+        """Return a session over the artifact that rounds no activations; None where it rounds none itself."""
+        from calque.targets._exact import ExactSession
+
+        return ExactSession(artifact, threads) if rounds_activations(artifact) else None
+
     def blocks(self, artifact: Artifact, threads: int, nbytes: int, exact: bool = False) -> Session:
         """Return a session that holds about ``nbytes`` of weights at a time; ``exact``: it rounds no activations."""
         from calque.targets._blocks import BlockSession
 
-        return BlockSession(artifact, threads, nbytes, exact)
+        return BlockSession(artifact, threads, nbytes, exact or not rounds_activations(artifact))
 
     def builder_bytes(self, weights: int) -> int:
         """Return about how much memory the builder takes of so many bytes of weights."""
@@ -188,6 +203,19 @@ class TensorRT:
         needs = {"onnxruntime": "to prove", "torch": "to convert", "onnx-ir": "to convert", "onnxscript": "to convert"}
         builders = {"tensorrt": "builds and runs engines on a GPU", "tensorrt-rtx": "builds engines without one"}
         return [*package_rows(needs), *optional_rows(builders)]
+
+
+def _quantize(precision: str) -> tuple[Pass, ...]:
+    """Return the passes that make codes of numbers: symmetric ones, as TensorRT takes no others."""
+    from calque.passes.quantize_activations import QuantizeActivations
+    from calque.passes.quantize_weights import QuantizeWeights
+
+    weights = QuantizeWeights(**QUANTIZED[precision], stored="symmetric")
+    if precision == "int8-static":
+        return QuantizeActivations("static", symmetric=True), weights
+    if precision == "fp8":
+        return QuantizeActivations("auto", format="e4m3"), weights  # rounded where there is a text to measure their ranges on
+    return (weights,)
 
 
 TARGET = TensorRT

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calque.artifact import NUM_LOGITS_TO_KEEP, TensorSpec
+from calque.artifact import NUM_LOGITS_TO_KEEP, TensorSpec, rounds_activations
 from calque.choices import NARROW, QUANTIZED
 from calque.errors import ParityFailed, UsageError
 from calque.states import StateSpec
@@ -60,7 +60,6 @@ class ModelIO:
         kept = {state.output for state in artifact.states}
         config = _config_of(artifact.folder)
         pad_id = config.get("pad_token_id")
-        options = artifact.recipe.get("options", {})
         return cls(
             name,
             graph.inputs,
@@ -69,9 +68,8 @@ class ModelIO:
             max((size for key in DEPTHS if isinstance(size := config.get(key), int)), default=1),
             # Some encoders know padding by its token; a generator sees the mask alone.
             pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0,
-            # Weights alone are of that precision where an option says that all is computed in float32.
-            "fp32" if options.get("arithmetic") == "float32" else artifact.precision,
-            not exact and artifact.precision in QUANTIZED and options.get("activations", "int8") != "float32",
+            _computed_in(artifact),
+            not exact and rounds_activations(artifact),
             artifact.passes.get("fuse_experts", 0) > 0 or _chooses_experts(config),
         )
 
@@ -89,6 +87,14 @@ class ModelIO:
     def dtype(self) -> str:
         """What activations are computed in, as far as states and precision tell."""
         return self.states[0].dtype if self.states else NARROW.get(self.precision, "float32")
+
+
+def _computed_in(artifact: Artifact) -> str:
+    """Return the precision that activations have: that of the weights, unless an option or a pass says otherwise."""
+    if artifact.recipe.get("options", {}).get("arithmetic") == "float32":
+        return "fp32"
+    codes = artifact.precision in QUANTIZED and artifact.passes.get("cast_precision", 0) > 0
+    return "fp16" if codes else artifact.precision
 
 
 def _chooses_experts(config: Mapping[str, Any]) -> bool:
