@@ -242,11 +242,22 @@ class Conversion:
         Raises:
             UsageError: a name that is no scenario of this artifact.
         """
+        built = scenarios.of_images() if self.source.task.of_images else self._of_tokens(limits, states)
+        wanted = self.recipe.parity.scenarios
+        if wanted == "all":
+            return built
+        names = [scenario.name for scenario in built]
+        if unknown := sorted(set(wanted) - set(names)):
+            raise UsageError(f"no scenario is called {', '.join(unknown)}", fix=f"scenarios of this model: {', '.join(names)}")
+        return [scenario for scenario in built if scenario.name in wanted]
+
+    def _of_tokens(self, limits: Limits, states: tuple[StateSpec, ...]) -> list[Scenario]:
+        """Return every scenario that fits an artifact that reads tokens."""
         config = self.source.config.get_text_config()
         windows = {state.window for state in states if state.window}
         if not states and (window := config.to_dict().get("sliding_window")):
             windows = {window}
-        built = scenarios.build(
+        return scenarios.build(
             limits,
             config.vocab_size,
             excluded=self.special_tokens,
@@ -255,13 +266,6 @@ class Conversion:
             cached=bool(states),
             in_slots=any(state.update == "in_place" for state in states),
         )
-        wanted = self.recipe.parity.scenarios
-        if wanted == "all":
-            return built
-        names = [scenario.name for scenario in built]
-        if unknown := sorted(set(wanted) - set(names)):
-            raise UsageError(f"no scenario is called {', '.join(unknown)}", fix=f"scenarios of this model: {', '.join(names)}")
-        return [scenario for scenario in built if scenario.name in wanted]
 
     def open_or_stand_in(self, artifact: Artifact) -> tuple[Session, str]:
         """Return a session over the artifact; or over the graph that it was written from, and why the artifact cannot be run here."""
