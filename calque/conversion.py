@@ -85,7 +85,7 @@ def use_threads(recipe: Recipe) -> None:
 
 def resolve(recipe: Recipe, scratch: Path, values: bool = True) -> ModelSource:
     """Return the source the recipe names; its headers are read, its tensors are not, nor drawn if they are random, without ``values``."""
-    return ModelSource.resolve(
+    source = ModelSource.resolve(
         recipe.model,
         task=recipe.task,
         random_weights=recipe.random_weights,
@@ -93,6 +93,25 @@ def resolve(recipe: Recipe, scratch: Path, values: bool = True) -> ModelSource:
         scratch=scratch,
         values=values,
     )
+    if source.task.of_images:
+        _require_no_text(recipe, source)
+    return source
+
+
+def _require_no_text(recipe: Recipe, source: ModelSource) -> None:
+    """Leave quietly if nothing that the recipe asks for needs a model that reads text.
+
+    Raises:
+        UsageError: every setting that does.
+    """
+    settings = {
+        "calibration": recipe.calibration,
+        "parity.text": recipe.parity.text,
+        "dims.max_length": recipe.dims.max_length,
+        "logits": recipe.logits != "all",
+    }
+    if asked := [name for name, setting in settings.items() if setting]:
+        raise UsageError(f"{source.id} reads images, and these settings are for models that read text", asked, "leave them out")
 
 
 def plan_of(recipe: Recipe, target: Target, source: ModelSource | None = None) -> tuple[Pass, ...]:

@@ -26,6 +26,7 @@ VOCABULARY = 211
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 2, 24
 WINDOW = 8
 POSITIONS = 128
+IMAGE = 28
 ROPE_TRAINED = 32
 
 LAYER_COUNTS = re.compile(r"(num_)?(hidden_|encoder_|decoder_)?layers?|n_layers?")
@@ -74,8 +75,10 @@ SIZES: tuple[tuple[re.Pattern[str], int], ...] = tuple(
         (r"d_rel|rel_extent|pooler_.*size", 16),
         (r"(num_)?(key|query)_groups", KV_HEADS),
         (r"encoder_hash_byte_group_vocab|ngram_vocab_size_base", VOCABULARY),
-        (r"image_size", 28),
+        (r"image_size", IMAGE),
         (r"patch_size", 14),
+        (r"(neck_|encoder_)?hidden_sizes", HIDDEN),
+        (r"depths", 2),
         (r"ple_embed_dim", 16),
     )
 )
