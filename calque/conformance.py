@@ -119,7 +119,7 @@ def run_case(asked: Sweep, name: str, code: str, known: Record | None) -> Record
         try:
             config = shrink.shrunken(name, causal=asked.task.converter == "causal_lm")
             config.save_pretrained(folder)
-            if asked.task.of_images:  # not every config says how large they are
+            if asked.task.of_images:  # not every config says how large they are; those of a fixed size keep their own
                 sides = {"height": shrink.IMAGE, "width": shrink.IMAGE}
                 (folder / PREPROCESSOR).write_text(json.dumps({"size": sides}), encoding="utf-8")
         except Exception as error:  # config classes are foreign code and raise anything

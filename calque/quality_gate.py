@@ -262,7 +262,7 @@ class QualityGate:
             "text": self.judged_on,
             "random": self.text is None,
             "rows": len(self.baseline.rows),
-            "tokens": sum(map(len, self.baseline.rows)),
+            "tokens": 0 if self.of_images else sum(map(len, self.baseline.rows)),
             "size_bytes": self.about.get("size_bytes"),
             "max_kl": parity.max_kl,
             "max_size": parity.max_size,
