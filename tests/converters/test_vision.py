@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from calque import cli
 from calque.artifact import REPORT, Artifact, TensorSpec
 from calque.converters import vision
 from calque.errors import Unsupported, UsageError, WeightMismatch
@@ -150,3 +153,26 @@ def test_settings_of_models_that_read_text_are_refused(named: str, tmp_path: Pat
     with pytest.raises(UsageError, match="reads images") as caught:
         converted(save_random(tmp_path / "model"), tmp_path / "out", **settings[named])
     assert caught.value.where == (named,)
+
+
+def test_commands_know_an_artifact_that_reads_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    assert cli.main(["convert", str(save_random(tmp_path / "model")), "--target", "onnxruntime", "-o", out, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+    assert cli.main(["inspect", out]) == 0
+    said = capsys.readouterr().out
+    assert "in   pixel_values  float32 [batch_size, 3, 28, 28]" in said
+    assert "limits   images of one size, any number of them at once" in said
+    assert cli.main(["bench", out]) == 4
+    assert "pixel_values\nFix: measure encoders of text" in capsys.readouterr().err
+    assert cli.main(["generate", out, "-p", "x"]) == 4
+    assert "continues no text" in capsys.readouterr().err
+
+
+def test_validating_images_needs_no_torch(tmp_path: Path) -> None:
+    artifact = converted(save_random(tmp_path / "model"), tmp_path / "out")
+    code = (
+        "import sys; from pathlib import Path; from calque.validation.validate import validate;"
+        "assert validate(Path(sys.argv[1]))['status'] == 'passed'; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(artifact.folder)], check=True)
