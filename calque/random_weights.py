@@ -65,8 +65,7 @@ def write_random_weights(
     - matrices: N(0, (GAIN / √fan_in)²); embeddings: N(0, (EMBEDDING_GAIN / √size)²)
     - vectors: the model's own initial value (ones, or zeros where the model adds 1) + SPREAD · N(0, 1), and NORM_OFFSET
       unless it is a bias
-    - statistics of batch norms: the model's own value + SPREAD · N(0, 1), and NORM_OFFSET if it is the variance
-    - other persistent buffers, and integers: the model's own values
+    - other persistent buffers than the STATISTICS of batch norms, which are vectors, and integers: the model's own values
 
     Raises:
         SourceUnreadable: the config gives a tensor no elements.

@@ -76,7 +76,8 @@ def test_artifact_gives_the_labels_of_the_untouched_model_whatever_the_batch(tmp
     pixels = images(range(4, 11), artifact.graphs["model"].inputs[0])
     with torch.no_grad():
         expected = source.load_eager()(torch.from_numpy(pixels)).logits.numpy()
-    np.testing.assert_allclose(open_session(artifact.folder)("model", {"pixel_values": pixels})["logits"], expected, atol=1e-5)
+    given = np.asarray(open_session(artifact.folder)("model", {"pixel_values": pixels})["logits"], dtype=np.float32)
+    np.testing.assert_allclose(given, expected, atol=1e-5)
 
 
 def test_statistics_of_batch_norms_are_in_the_ledger(tmp_path: Path) -> None:
