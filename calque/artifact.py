@@ -21,6 +21,8 @@ REPORT = "report.json"
 
 # The optional input that says how many last positions get logits; 0 means all.
 NUM_LOGITS_TO_KEEP = "num_logits_to_keep"
+# The input of a model that reads images: float32 [batch_size, channels, height, width].
+PIXELS = "pixel_values"
 
 Status = Literal["passed", "failed", "not_run"]
 Padding = Literal["any", "right", "none"]

@@ -1,4 +1,4 @@
-"""What travels into an artifact besides the weights: tokenizer, templates, configs, and the licence."""
+"""What travels into an artifact besides the weights: tokenizer, templates, image processor, configs, and the licence."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from calque import sentence
 
 CONFIG = "config.json"
 CARD = "README.md"
+# What is done to an image before the model sees it: resized, cut, scaled.
+PREPROCESSOR = "preprocessor_config.json"
 
 
 def _any_case(name: str) -> str:
@@ -37,6 +39,8 @@ COMPANIONS = (
     "config_sentence_transformers.json",
     "added_tokens.json",
     "chat_template.*",
+    PREPROCESSOR,
+    "processor_config.json",
     "additional_chat_templates/*.jinja",
     *LICENCES,
 )

@@ -24,6 +24,7 @@ from calque import isolation, shrink
 from calque.artifact import MANIFEST, REPORT
 from calque.atomic_file import write_atomically
 from calque.cli import main
+from calque.companions import PREPROCESSOR
 from calque.errors import CalqueError, ParityFailed, SourceUnreadable, UsageError
 from calque.features import features
 from calque.staging import rejected_folder
@@ -123,6 +124,9 @@ def run_case(asked: Sweep, name: str, code: str, known: Record | None) -> Record
         try:
             config = shrink.shrunken(name, causal=asked.task.converter == "causal_lm")
             config.save_pretrained(folder)
+            if asked.task.of_images:  # not every config says how large they are; those of a fixed size keep their own
+                sides = {"height": shrink.IMAGE, "width": shrink.IMAGE}
+                (folder / PREPROCESSOR).write_text(json.dumps({"size": sides}), encoding="utf-8")
         except Exception as error:  # config classes are foreign code and raise anything
             text = f"no small config: {type(error).__name__}: {error}"
             # Nothing ran, so nothing but the text can change.

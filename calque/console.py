@@ -188,7 +188,8 @@ def quality_rows(quality: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tupl
 
 def quality_title(quality: Mapping[str, Any]) -> str:
     """Return what the quality was measured on, and the size of what has it."""
-    rows = f"{quality.get('tokens', 0):,} tokens in {quality.get('rows', 0)} rows"
+    tokens, count = quality.get("tokens", 0), quality.get("rows", 0)
+    rows = f"{tokens:,} tokens in {count} rows" if tokens else f"{count} of them"
     limits = [f"max_kl {quality['max_kl']:g}"] if quality.get("max_kl") is not None else []
     limits += [f"max_size {size(quality['max_size'])}"] if quality.get("max_size") else []
     return "; ".join([f"quality on {quality.get('text')}: {rows}", f"graph and weights {size(quality.get('size_bytes'))}", *limits])

@@ -87,7 +87,7 @@ def use_threads(recipe: Recipe) -> None:
 
 def resolve(recipe: Recipe, scratch: Path, values: bool = True) -> ModelSource:
     """Return the source the recipe names; its headers are read, its tensors are not, nor drawn if they are random, without ``values``."""
-    return ModelSource.resolve(
+    source = ModelSource.resolve(
         recipe.model,
         task=recipe.task,
         random_weights=recipe.random_weights,
@@ -95,6 +95,25 @@ def resolve(recipe: Recipe, scratch: Path, values: bool = True) -> ModelSource:
         scratch=scratch,
         values=values,
     )
+    if source.task.of_images:
+        _require_no_text(recipe, source)
+    return source
+
+
+def _require_no_text(recipe: Recipe, source: ModelSource) -> None:
+    """Leave quietly if nothing that the recipe asks for needs a model that reads text.
+
+    Raises:
+        UsageError: every setting that does.
+    """
+    settings = {
+        "calibration": recipe.calibration,
+        "parity.text": recipe.parity.text,
+        "dims.max_length": recipe.dims.max_length,
+        "logits": recipe.logits != "all",
+    }
+    if asked := [name for name, setting in settings.items() if setting]:
+        raise UsageError(f"{source.id} reads images, and these settings are for models that read text", asked, "leave them out")
 
 
 def plan_of(recipe: Recipe, target: Target, source: ModelSource | None = None) -> tuple[Pass, ...]:
@@ -244,11 +263,22 @@ class Conversion:
         Raises:
             UsageError: a name that is no scenario of this artifact.
         """
+        built = scenarios.of_images() if self.source.task.of_images else self._of_tokens(limits, states)
+        wanted = self.recipe.parity.scenarios
+        if wanted == "all":
+            return built
+        names = [scenario.name for scenario in built]
+        if unknown := sorted(set(wanted) - set(names)):
+            raise UsageError(f"no scenario is called {', '.join(unknown)}", fix=f"scenarios of this model: {', '.join(names)}")
+        return [scenario for scenario in built if scenario.name in wanted]
+
+    def _of_tokens(self, limits: Limits, states: tuple[StateSpec, ...]) -> list[Scenario]:
+        """Return every scenario that fits an artifact that reads tokens."""
         config = self.source.config.get_text_config()
         windows = {state.window for state in states if state.window}
         if not states and (window := config.to_dict().get("sliding_window")):
             windows = {window}
-        built = scenarios.build(
+        return scenarios.build(
             limits,
             config.vocab_size,
             excluded=self.special_tokens,
@@ -257,13 +287,6 @@ class Conversion:
             cached=bool(states),
             in_slots=any(state.update == "in_place" for state in states),
         )
-        wanted = self.recipe.parity.scenarios
-        if wanted == "all":
-            return built
-        names = [scenario.name for scenario in built]
-        if unknown := sorted(set(wanted) - set(names)):
-            raise UsageError(f"no scenario is called {', '.join(unknown)}", fix=f"scenarios of this model: {', '.join(names)}")
-        return [scenario for scenario in built if scenario.name in wanted]
 
     def open_or_stand_in(self, artifact: Artifact) -> tuple[Session, str]:
         """Return a session over the artifact; or over the graph that it was written from, and why the artifact cannot be run here."""

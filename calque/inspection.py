@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from calque.artifact import Artifact, GraphSpec, Limits, TensorSpec, unlisted_files
+from calque.artifact import PIXELS, Artifact, GraphSpec, TensorSpec, unlisted_files
 from calque.console import size, table
 from calque.states import StateSpec
 
@@ -24,7 +24,7 @@ def artifact_text(artifact: Artifact, facts: dict[str, Any]) -> str:
         f"{artifact.folder}: {artifact.target}, {artifact.precision}",
         f"source   {source.get('id')}" + (f" @ {source['revision']}" if source.get("revision") else ""),
         f"         sha256 {source.get('sha256')}",
-        f"limits   {_limits(artifact.limits)}",
+        f"limits   {_limits(artifact)}",
         f"passes   {', '.join(f'{name} {count}' for name, count in artifact.passes.items()) or 'none'}",
         f"tools    {', '.join(f'{name} {version}' for name, version in artifact.tools.items())}",
         "",
@@ -50,7 +50,10 @@ def proof_lines(artifact: Artifact) -> list[str]:
     return lines
 
 
-def _limits(limits: Limits) -> str:
+def _limits(artifact: Artifact) -> str:
+    limits = artifact.limits
+    if any(tensor.name == PIXELS for graph in artifact.graphs.values() for tensor in graph.inputs):
+        return "images of one size, any number of them at once"
     parts = [
         f"padding {limits.padding}",
         f"batched chunks {'yes' if limits.batched_chunk else 'no'}",

@@ -120,11 +120,14 @@ def require_tensors(source: ModelSource) -> None:
     Raises:
         WeightMismatch: what the config promises, and what the checkpoint holds.
     """
-    found = _sizes(source.config)
+    config = source.config
+    if source.task.of_images:  # whatever else its type can do: no text, no tokens
+        config = getattr(config, "vision_config", config)
+    found = _sizes(config)
     longest = max((max(stored.shape, default=0) for stored in source.weights.values()), default=0)
     wrong = [
         f"{name}: {found[name]}  no tensor has an axis longer than {longest}"
-        for name in ("vocab_size", "hidden_size")
+        for name in (("hidden_size",) if source.task.of_images else ("vocab_size", "hidden_size"))
         if found.get(name, 0) > longest
     ]
     if (layers := found.get("num_hidden_layers", 0)) > len(source.weights):

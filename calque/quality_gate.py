@@ -18,7 +18,7 @@ from calque.choices import QUANTIZED
 from calque.console import size
 from calque.errors import ParityFailed, TargetUnavailable, Unsupported, WontFit
 from calque.promotion import PLANNED, Found, Layers, as_planned, overrides, promote
-from calque.validation import scenarios
+from calque.validation import images, scenarios
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +40,9 @@ ROW_BYTES = 256 << 20
 LONGEST, LONGEST_ENCODED, LONGEST_RANDOM = 1024, 128, 64
 # Tokens that encoders are judged on: what they keep of one is small.
 MOST_ENCODED = 8192
-RANDOM = "random tokens"
+RANDOM, RANDOM_IMAGES = "random tokens", "random images"
+# Images that a model is judged on.
+IMAGES = 64
 WEIGHTS, ARTIFACT = "weights alone", "artifact"
 
 
@@ -69,6 +71,17 @@ class QualityGate:
         limits = parity.text or parity.sensitivity or parity.max_kl is not None or parity.max_size
         asked = bool(limits) or conversion.quantizes or conversion.recipe.precision in QUANTIZED
         return cls(conversion, scratch, asked, texts.read_text(Path(parity.text)) if parity.text else None)
+
+    @property
+    def of_images(self) -> bool:
+        """Whether the model is judged on images."""
+        return self.conversion.source.task.of_images
+
+    @property
+    def judged_on(self) -> str:
+        """What the model is judged on: the name of a text, or what is random."""
+        text = self.conversion.recipe.parity.text
+        return Path(text).name if text else RANDOM_IMAGES if self.of_images else RANDOM
 
     def judge_weights(self, model: TracedModel, stages: Stages) -> None:
         """How good the eager model is with the artifact's weights is known, and the conversion promotes what has to be.
@@ -135,7 +148,10 @@ class QualityGate:
         return False
 
     def _rows(self, model: TracedModel) -> list[Row]:
-        """Return the rows of tokens that everything is judged on, and remember what they are."""
+        """Return the rows of tokens, or numbers of images, that everything is judged on, and remember what they are."""
+        if self.of_images:
+            self.about["longest"] = 0
+            return [(number,) for number in range(images.RANDOM[0], images.RANDOM[0] + IMAGES)]
         source, config = self.conversion.source, self.conversion.source.config.get_text_config()
         lengths = (model.limits.max_length, getattr(config, "max_position_embeddings", None))
         known = [length for length in lengths if isinstance(length, int) and length > 0]
@@ -243,10 +259,10 @@ class QualityGate:
         measured = {WEIGHTS: self.found.quality, ARTIFACT: self.artifact_quality}
         promoted = {name: level for name, level in self.found.levels.items() if level != PLANNED}
         return {
-            "text": Path(parity.text).name if parity.text else RANDOM,
+            "text": self.judged_on,
             "random": self.text is None,
             "rows": len(self.baseline.rows),
-            "tokens": sum(map(len, self.baseline.rows)),
+            "tokens": 0 if self.of_images else sum(map(len, self.baseline.rows)),
             "size_bytes": self.about.get("size_bytes"),
             "max_kl": parity.max_kl,
             "max_size": parity.max_size,
@@ -260,9 +276,8 @@ class QualityGate:
         """Return sentences that the user should know."""
         if not self.asked:
             return self.notes
-        random = (
-            f"Quality was measured on {RANDOM}, which says little of real use: name a text with --text FILE." if self.text is None else ""
-        )
+        instead = "" if self.of_images else ": name a text with --text FILE"
+        random = f"Quality was measured on {self.judged_on}, which says little of real use{instead}." if self.text is None else ""
         layers = ", ".join(f"{row['layer']} to {row['to']}" for row in self.found.promoted) if self.found else ""
         return [random, f"Promoted, so that the mean KL divergence is within max_kl: {layers}." if layers else "", *self.notes]
 

@@ -33,6 +33,8 @@ GAIN = 1.1
 # without a list of their names, and tells `w` from `1 + w`.
 NORM_OFFSET = 0.5
 SPREAD = 0.2
+# Buffers that a batch norm computes with, which a model that was never trained has at 0 and 1: either would be missed by nobody.
+STATISTICS = {"running_mean": 0.0, "running_var": NORM_OFFSET}
 # Embeddings have unit norm, not unit elements: a residual stream that the input token dominates (gemma multiplies it by
 # √hidden) makes a tied head repeat the input whatever attention does.
 EMBEDDING_GAIN = 1.0
@@ -63,7 +65,7 @@ def write_random_weights(
     - matrices: N(0, (GAIN / √fan_in)²); embeddings: N(0, (EMBEDDING_GAIN / √size)²)
     - vectors: the model's own initial value (ones, or zeros where the model adds 1) + SPREAD · N(0, 1), and NORM_OFFSET
       unless it is a bias
-    - persistent buffers and integers: the model's own values
+    - other persistent buffers than the STATISTICS of batch norms, which are vectors, and integers: the model's own values
 
     Raises:
         SourceUnreadable: the config gives a tensor no elements.
@@ -163,6 +165,8 @@ class _Law:
         prefix, _, attribute = name.rpartition(".")
         module = model.get_submodule(prefix)
         shape = tuple(tensor.shape)
+        if attribute in STATISTICS and isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            return cls(tensor.detach().float() + STATISTICS[attribute], SPREAD, shape, tensor.dtype)
         if not isinstance(tensor, torch.nn.Parameter) or not tensor.is_floating_point():
             if isinstance(tensor, FakeTensor):
                 fix = "name a checkpoint with its weights"

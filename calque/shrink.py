@@ -26,6 +26,8 @@ VOCABULARY = 211
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 2, 24
 WINDOW = 8
 POSITIONS = 128
+# Of images where a config does not say it, or takes any: networks that halve an image five times leave two pixels of it.
+IMAGE = 64
 ROPE_TRAINED = 32
 
 LAYER_COUNTS = re.compile(r"(num_)?(hidden_|encoder_|decoder_)?layers?|n_layers?")
@@ -76,6 +78,8 @@ SIZES: tuple[tuple[re.Pattern[str], int], ...] = tuple(
         (r"encoder_hash_byte_group_vocab|ngram_vocab_size_base", VOCABULARY),
         (r"image_size", 28),
         (r"patch_size", 14),
+        (r"(neck_|encoder_)?hidden_sizes", HIDDEN),
+        (r"depths", 2),
         (r"ple_embed_dim", 16),
     )
 )
@@ -90,6 +94,9 @@ SUFFIXES = ("num_kv_shared_layers",)
 
 # None stands for a size that the model's code fails to fill in, or for the plainest one: a sharper size is given.
 NEVER_NONE = {"head_dim": HEAD_DIM, "num_key_value_heads": KV_HEADS}
+
+# Which stages a backbone gives; its class names them anew after the layers that are left.
+STAGE_NAMES = {"stage_names", "out_features", "out_indices", "_out_features", "_out_indices"}
 
 TOKENS = {"pad": 0, "bos": 1, "eos": 2}
 OTHER_TOKEN = 3
@@ -142,6 +149,7 @@ def _without_generic(table: dict[str, Any]) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
     generic = set(PreTrainedConfig().to_dict()) - {"is_encoder_decoder"}
+    generic |= STAGE_NAMES
     return {key: value for key, value in copy.deepcopy(table).items() if key not in generic or key == "model_type"}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from calque.artifact import PIXELS
 from calque.errors import Unsupported, UsageError
 from calque.suggest import nearest
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 POOLED = "sentence-similarity"
+IMAGES = "image-classification"
 _ENCODERS = "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES"
 
 
@@ -20,13 +22,19 @@ _ENCODERS = "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES"
 class Task:
     """One task. ``mapping`` names transformers' table of the architectures it fits, in ``modeling_auto``.
 
-    ``converter`` is the file in ``converters/`` that traces it.
+    ``converter`` is the file in ``converters/`` that traces it. ``main_input``: what a model must read first, token ids or pixels.
     """
 
     name: str
     auto_class: str
     mapping: str
     converter: str
+    main_input: str = "input_ids"
+
+    @property
+    def of_images(self) -> bool:
+        """Whether the model reads images, and no tokens."""
+        return self.main_input == PIXELS
 
     def architectures(self) -> Collection[str]:
         """Return the names of transformers' classes that do this task."""
@@ -52,7 +60,7 @@ class Task:
         return "AutoModelForTextEncoding" if encoder else self.auto_class
 
     def fits(self, config: PreTrainedConfig) -> bool:
-        """Return whether transformers, or code that comes with the model, has a class of this task for texts of the config's type."""
+        """Return whether transformers, or code that comes with the model, has a class of the task for the config's type."""
         import transformers
 
         if self.auto_class in (getattr(config, "auto_map", None) or {}):
@@ -62,7 +70,7 @@ class Task:
             return False
         found = classes[type(config)]
         made = found[0] if isinstance(found, tuple) else found
-        return bool(made.main_input_name == "input_ids")
+        return bool(made.main_input_name == self.main_input)
 
 
 # In the order in which a config's architectures are looked up: the plain encoder comes last, as every head has one inside.
@@ -74,6 +82,7 @@ TASKS = {
         Task("text-classification", "AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "encoder"),
         Task("token-classification", "AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "encoder"),
         Task("question-answering", "AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", "encoder"),
+        Task(IMAGES, "AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "vision", PIXELS),
         Task("feature-extraction", "AutoModel", "MODEL_MAPPING_NAMES", "encoder"),
         Task(POOLED, "AutoModel", "MODEL_MAPPING_NAMES", "encoder"),
     )
@@ -120,4 +129,4 @@ def infer(config: PreTrainedConfig, pooled: bool) -> Task:
     # A config alone: an encoder's type has a masked-LM head too, unless it says that it decodes.
     encodes = TASKS["fill-mask"].fits(config) and not getattr(config, "is_decoder", False)
     order = ("feature-extraction", "text-generation-with-past") if encodes else ("text-generation-with-past", "feature-extraction")
-    return next((TASKS[name] for name in order if TASKS[name].fits(config)), TASKS["text-generation-with-past"])
+    return next((TASKS[name] for name in (*order, IMAGES) if TASKS[name].fits(config)), TASKS["text-generation-with-past"])

@@ -108,9 +108,11 @@ def semantic_mask(
     local_size: int | None = None,
     device: torch.device | str = "cpu",
     **_: Any,
-) -> Tensor:
-    """Return the mask of one kind of layer, bool [B, 1, Q, K], as one operator that says what it means."""
+) -> Tensor | None:
+    """Return the mask of one kind of layer, bool [B, 1, Q, K], as one operator that says what it means; None where all is seen."""
     (kind, overlays), window = _meaning(), int(local_size or 0)
+    if attention_mask is None and kind == "bidirectional" and not overlays:
+        return None  # as transformers does for its fused kernels: patches of an image all see each other
     if attention_mask is None:
         attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
 
@@ -134,9 +136,10 @@ def semantic_mask(
     return masked
 
 
-def added_mask(dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
+def added_mask(dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
     """Return the mask of one kind of layer as what is added to scores: 0, or the lowest number where a key is hidden."""
-    return torch.where(semantic_mask(**kwargs), 0.0, torch.finfo(dtype).min).to(dtype)
+    mask = semantic_mask(**kwargs)
+    return None if mask is None else torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
 
 
 def all_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class Decoder:
             ArtifactUnreadable: its graph cannot be read.
         """
         if not artifact.states:
-            raise Unsupported(f"{artifact.folder} encodes text, it does not continue it", fix="run its graph, as docs/artifact.md shows")
+            raise Unsupported(f"{artifact.folder} keeps no states: it continues no text", fix="run its graph, as docs/artifact.md shows")
         if rows < 1:
             raise UsageError(f"{rows} rows cannot be decoded, 1 or more expected")
         if len(artifact.graphs) != 1:

@@ -92,7 +92,9 @@ class TensorRT:
             CacheStatic(),  # slots, which TensorRT writes in place
             *((FusePrefixAttention(),) if self.attention == "trt" else ()),  # each step reads the slots that are filled
             SimplifyShapes(),  # shapes that are numbers to the builder
-            *((LayOutIntegers(tables="numbers"),) if quantized else ()),  # integers in front of products, which is where the builder takes them
+            *(
+                (LayOutIntegers(tables="numbers"),) if quantized else ()
+            ),  # integers in front of products, which is where the builder takes them
             TransposeLinear(),  # MatMul reads [in, out]
             *((CastPrecision(narrow),) if narrow else ()),  # last: casts stand between what others look for
         )

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calque.artifact import NUM_LOGITS_TO_KEEP, TensorSpec, rounds_activations
+from calque.artifact import NUM_LOGITS_TO_KEEP, PIXELS, TensorSpec, rounds_activations
 from calque.choices import NARROW, QUANTIZED
 from calque.errors import ParityFailed, UsageError
 from calque.states import StateSpec
+from calque.validation.images import images
 from calque.validation.scenarios import PAD, Scenario, calls, pad
 
 if TYPE_CHECKING:
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.generic]
 
-PLAIN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "write_indices", "kv_lengths", NUM_LOGITS_TO_KEEP)
+PLAIN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "write_indices", "kv_lengths", NUM_LOGITS_TO_KEEP, PIXELS)
 # How configs call the number of their layers.
 DEPTHS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+# And those of each stage, where a model has stages.
+STAGES = "depths"
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class ModelIO:
             graph.inputs,
             tuple(spec for spec in graph.outputs if spec.name not in kept),
             artifact.states,
-            max((size for key in DEPTHS if isinstance(size := config.get(key), int)), default=1),
+            depth_of(config),
             # Some encoders know padding by its token; a generator sees the mask alone.
             pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0,
             _computed_in(artifact),
@@ -95,6 +98,13 @@ def _computed_in(artifact: Artifact) -> str:
         return "fp32"
     codes = artifact.precision in QUANTIZED and artifact.passes.get("cast_precision", 0) > 0
     return "fp16" if codes else artifact.precision
+
+
+def depth_of(config: Mapping[str, Any]) -> int:
+    """Return how many layers a config says that the model has, those of all its stages; 1 where it does not say."""
+    stages = config.get(STAGES)
+    told = [sum(stages)] if isinstance(stages, list) and all(isinstance(size, int) for size in stages) else []
+    return max([1, *told, *(size for key in DEPTHS if isinstance(size := config.get(key), int))])
 
 
 def _chooses_experts(config: Mapping[str, Any]) -> bool:
@@ -208,6 +218,7 @@ def _plain_inputs(
         # 0 keeps all; pieces of a prompt and every other step ask for the last one alone.
         NUM_LOGITS_TO_KEEP: np.array(number % 2, dtype=np.int64),
     }
+    everything |= {spec.name: images(tokens[:, 0], spec) for spec in io.inputs if spec.name == PIXELS}
     return {name: array for name, array in everything.items() if name in names}
 
 

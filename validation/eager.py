@@ -1,4 +1,4 @@
-"""The untouched eager model's own answer to one row of tokens alone: no padding, no cache, one thread."""
+"""The untouched eager model's own answer to one row of tokens, or one image, alone: no padding, no cache, one thread."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calque.artifact import PIXELS
 from calque.choices import NARROW
 from calque.errors import SourceUnreadable
 from calque.memory import ran_out
 from calque.threads import one_thread
 from calque.validation.drive import segments
+from calque.validation.images import images
 from calque.weights import read_into
 
 if TYPE_CHECKING:
@@ -51,26 +53,35 @@ def with_weights(model: torch.nn.Module, replaced: Mapping[str, Weight]) -> torc
 def eager_outputs(model: torch.nn.Module, tokens: Sequence[int], inputs: Sequence[TensorSpec]) -> dict[str, NDArray[np.float32]]:
     """Return every floating output of the model by name: [positions, size], or [size] where it speaks of the whole row.
 
-    ``inputs``: those of the artifact; segments are given where it takes them.
+    ``inputs``: those of the artifact; segments are given where it takes them, and the image of that number where it takes pixels.
 
     Raises:
         SourceUnreadable: the model's own code fails on the row.
     """
     import torch
 
-    ids = torch.tensor([list(tokens)])
-    given: dict[str, Any] = {"input_ids": ids}
-    if any(spec.name == "token_type_ids" for spec in inputs):
+    specs = {spec.name: spec for spec in inputs}
+    given: dict[str, Any] = {}
+    if PIXELS in specs:
+        given[PIXELS] = torch.from_numpy(images(tokens, specs[PIXELS]))
+    else:
+        given["input_ids"] = torch.tensor([list(tokens)])
+    if "token_type_ids" in specs:
         given["token_type_ids"] = torch.from_numpy(segments(np.ones((1, len(tokens)), np.int64), np.arange(len(tokens))[None]))
     if "use_cache" in inspect.signature(type(model).forward).parameters:
         given["use_cache"] = False
     with torch.inference_mode(), one_thread():
-        answered: Mapping[str, Any] = _answer(model, given, len(tokens))
+        answered: Mapping[str, Any] = _answer(model, given, asked(tokens, inputs))
         found = {name: value for name, value in answered.items() if isinstance(value, torch.Tensor) and value.is_floating_point()}
         return {name: value[0].float().numpy() for name, value in found.items()}
 
 
-def _answer(model: torch.nn.Module, given: Mapping[str, Any], tokens: int) -> Any:
+def asked(tokens: Sequence[int], inputs: Sequence[TensorSpec]) -> str:
+    """Return what the model was given, in words."""
+    return f"image {tokens[0]}" if any(spec.name == PIXELS for spec in inputs) else f"a row of {len(tokens)} tokens"
+
+
+def _answer(model: torch.nn.Module, given: Mapping[str, Any], what: str) -> Any:
     try:
         return model(**given)
     except Exception as error:  # foreign code, whose constructor took the config as it is, fails with whatever it meets first
@@ -78,7 +89,7 @@ def _answer(model: torch.nn.Module, given: Mapping[str, Any], tokens: int) -> An
             raise
         said = str(error).strip().partition("\n")[0]
         raise SourceUnreadable(
-            f"the eager model itself fails on a row of {tokens} tokens: {type(error).__name__}: {said}",
+            f"the eager model itself fails on {what}: {type(error).__name__}: {said}",
             fix="check the values in config.json against the model's documentation",
         ) from error
 

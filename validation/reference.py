@@ -12,7 +12,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from calque.errors import ArtifactUnreadable, SourceUnreadable
-from calque.validation.eager import eager_outputs
+from calque.validation.eager import asked, eager_outputs
 from calque.validation.rounding import rounded_activations
 from calque.validation.scenarios import PAD, Scenario, calls
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from calque.validation.rounding import Rounding
 
     Key = tuple[int, bool]
-    # What to feed the eager model: a row, on a side of ``recompute_at``, and its length where each length is another text.
-    PoolKey = tuple[int, bool, int]
+    # What to feed the eager model, on a side of ``recompute_at``: a row, whatever its length, or its tokens where those after change all.
+    PoolKey = tuple[tuple[int, ...], bool]
     Outputs = dict[str, NDArray[np.float32]]
 
 FOLDER = "reference"
@@ -142,13 +142,18 @@ def _pool_rows(scenarios: Sequence[Scenario], prefixes: bool) -> dict[PoolKey, t
     for scenario in scenarios:
         for (row, beyond), positions in needed(scenario).items():
             tokens = scenario.rows[row][: int(positions[-1]) + 1]
-            key = (row, beyond, 0 if prefixes else len(tokens))
+            key = _pool_key((row, beyond), tokens, prefixes)
             known = pool.get(key, ())
             longer, shorter = (tokens, known) if len(tokens) > len(known) else (known, tokens)
             if longer[: len(shorter)] != shorter:
                 raise ValueError(f"row {row} of scenario {scenario.name} is not a prefix of the same pool sequence as in the others")
             pool[key] = longer
     return pool
+
+
+def _pool_key(key: Key, tokens: tuple[int, ...], prefixes: bool) -> PoolKey:
+    row, beyond = key
+    return ((row,) if prefixes else tokens), beyond
 
 
 def _forward_pool(
@@ -163,20 +168,18 @@ def _forward_pool(
     model = load_eager().eval()
     measured: dict[PoolKey, dict[str, Table]] = {}
     moved: dict[PoolKey, dict[str, tuple[float, float]]] = {}
-    for (row, beyond, length), tokens in sorted(pool.items()):
+    for number, (key, tokens) in enumerate(sorted(pool.items())):
         outputs = expected(eager_outputs(model, tokens, io.inputs))
         if missing := [spec.name for spec in io.outputs if spec.name not in outputs]:
             raise SourceUnreadable(f"the eager model gives no {', '.join(missing)}; it gives {', '.join(outputs)}", fix="report this")
-        measured[row, beyond, length] = {
-            spec.name: _table(
-                outputs[spec.name], spec, scratch / f"{spec.name}-{row}-{length}{'-beyond' if beyond else ''}.npy", len(tokens)
-            )
+        measured[key] = {
+            spec.name: _table(outputs[spec.name], spec, scratch / f"{spec.name}-{number}.npy", len(tokens), asked(tokens, io.inputs))
             for spec in io.outputs
         }
         if rounding:
             with rounded_activations(model, rounding):
                 rounded = expected(eager_outputs(model, tokens, io.inputs))
-            moved[row, beyond, length] = {spec.name: _moved(rounded[spec.name], outputs[spec.name]) for spec in io.outputs}
+            moved[key] = {spec.name: _moved(rounded[spec.name], outputs[spec.name]) for spec in io.outputs}
     return measured, moved
 
 
@@ -186,13 +189,13 @@ def _moved(rounded: NDArray[np.float32], exact: NDArray[np.float32]) -> tuple[fl
     return float(delta.max()), float(delta.mean(dtype=np.float64))
 
 
-def _table(array: NDArray[np.float32], spec: TensorSpec, path: Path, tokens: int) -> Table:
-    """Return one output of one row, [positions, size], whatever axes it has."""
+def _table(array: NDArray[np.float32], spec: TensorSpec, path: Path, tokens: int, given: str) -> Table:
+    """Return one output of one row, [positions, size], whatever axes it has; ``given``: what the model was, in words."""
     np.save(path, array.reshape(tokens if _each_position(spec) else 1, -1))
     values = np.load(path, mmap_mode="r")
     if not all(np.isfinite(values[start : start + STEP]).all() for start in range(0, len(values), STEP)):
         raise SourceUnreadable(
-            f"the eager model's own {spec.name} hold NaN or infinity on a row of {tokens} tokens",
+            f"the eager model's own {spec.name} hold NaN or infinity on {given}",
             fix="check the weights; nothing can be proved against such a model",
         )
     top, margin = _leaders(values)
@@ -229,8 +232,9 @@ def _gather_one(
     moved: Mapping[PoolKey, dict[str, tuple[float, float]]],
 ) -> Reference:
     found = needed(scenario)
-    lengths = {key: 0 if io.states else int(positions[-1]) + 1 for key, positions in found.items()}
-    tables = {key: measured[*key, lengths[key]][spec.name] for key in found}
+    fed = {key: scenario.rows[key[0]][: int(positions[-1]) + 1] for key, positions in found.items()}
+    pooled = {key: _pool_key(key, tokens, bool(io.states)) for key, tokens in fed.items()}
+    tables = {key: measured[pooled[key]][spec.name] for key in found}
     if not io.states:
         # A text may have as little as one value: what is spread is measured over all texts.
         spread = _sigma([outputs[spec.name] for outputs in measured.values()])
@@ -238,7 +242,7 @@ def _gather_one(
         return Reference(None, (spread,) * len(scenario.prompts), tables, float(far), float(mean))
     rows = range(len(scenario.prompts))
     sigmas = tuple(_sigma([tables[key].at(positions) for key, positions in found.items() if key[0] == row]) for row in rows)
-    each = [np.array(moved[*key, lengths[key]][spec.name]) / sigmas[key[0]] for key in found if moved]
+    each = [np.array(moved[pooled[key]][spec.name]) / sigmas[key[0]] for key in found if moved]
     far, mean = np.array([np.zeros(2), *each]).max(axis=0)
     return Reference(None, sigmas, tables, float(far), float(mean))
 

@@ -1,7 +1,7 @@
-"""What an artifact is asked before it is trusted: rows of tokens, how they are padded, cut and continued.
+"""What an artifact is asked before it is trusted: rows of tokens, how they are padded, cut and continued; or images.
 
 Row ``r`` of every scenario is a prefix of one seeded pool sequence ``r``, so the eager reference of all scenarios costs
-one forward a pool sequence, not one a scenario.
+one forward a pool sequence, not one a scenario. An image is a row of one token, which is its number: see `images.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from calque.suggest import nearest
+from calque.validation.images import PLAIN, RANDOM
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,7 +38,8 @@ LOGITS_BYTES = 256 << 20
 
 # Every name that `build` can give; a number is a window, or a length at which the rotary frequencies change.
 NAMES = re.compile(
-    r"single-prompt|decode-16|ragged-(left|right)|chunked-prefill(-batch|-left)?|batch-[25]|untraced-length|length-1(-left|-right)?"
+    r"single-image|batch-5-turned|plain-images|single-prompt|decode-16|ragged-(left|right)|chunked-prefill(-batch|-left)?|batch-[25]"
+    r"|untraced-length|length-1(-left|-right)?"
     r"|past-window-\d+(-left|-right)?|across-window-\d+|beyond-\d+|across-\d+(-left|-right)?|continued-past-\d+|(past-)?full-length|full-length-right"
 )
 
@@ -174,9 +176,22 @@ def build(
     return [_fill(shape, limits, pool, longest, vocab_size, cached, in_slots) for shape in shapes]
 
 
+def of_images() -> list[Scenario]:
+    """Return the scenarios of a model that reads images, each of which must get the same answer in any batch, at any place."""
+    asked = {
+        "single-image": ("one image", RANDOM[:1]),
+        "batch-2": ("two images", RANDOM[:2]),
+        "batch-5": ("five images", RANDOM),
+        "batch-5-turned": ("the same five images, each at another place", (*RANDOM[2:], *RANDOM[:2])),
+        "plain-images": ("images of one brightness, or with pixels at both ends of the range, around an ordinary one", (*PLAIN, RANDOM[0])),
+    }
+    return [Scenario(name, why, tuple((number,) for number in images), (1,) * len(images)) for name, (why, images) in asked.items()]
+
+
 def unknown(names: Iterable[str]) -> dict[str, str]:
     """Return the names that no scenario of any model has, each with the nearest that some model's has."""
     fixed = [shape.name for shape in _basic()] + ["full-length", "past-full-length", "full-length-right"]
+    fixed += [scenario.name for scenario in of_images()]
     return {name: nearest(name, fixed) for name in names if not NAMES.fullmatch(name)}
 
 

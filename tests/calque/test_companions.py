@@ -14,6 +14,12 @@ def test_licence_files_are_companions_in_any_case(tmp_path: Path, name: str) -> 
     assert [path.name for path in companion_files(tmp_path)] == [name]
 
 
+def test_what_prepares_images_is_a_companion(tmp_path: Path) -> None:
+    for name in ("preprocessor_config.json", "processor_config.json", "optimizer.json"):
+        (tmp_path / name).write_text("{}")
+    assert [path.name for path in companion_files(tmp_path)] == ["preprocessor_config.json", "processor_config.json"]
+
+
 @pytest.mark.parametrize(
     ("front", "said"),
     [

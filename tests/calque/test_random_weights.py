@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from calque.random_weights import write_random_weights
+from tests.tiny_vision import save_random
 
 DECODERS = ["llama", "mistral", "qwen2", "qwen3", "mixtral", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "gpt_oss", "bloom"]
 # Types whose published checkpoints have other names than the module, or that hold persistent buffers.
@@ -108,6 +109,16 @@ def test_persistent_buffers_keep_the_models_own_values(model_type: str, written:
     assert not any(buffer.any() for buffer in buffers)
 
 
+def test_statistics_of_batch_norms_are_those_of_a_trained_model(tmp_path: Path) -> None:
+    drawn = values(save_random(tmp_path, "resnet"))
+    means = torch.cat([value for name, value in drawn.items() if name.endswith("running_mean")])
+    variances = torch.cat([value for name, value in drawn.items() if name.endswith("running_var")])
+    assert float(means.std()) > 0.1
+    assert float(variances.min()) > 0.5
+    assert float(variances.std()) > 0.1
+    assert not any(value.any() for name, value in drawn.items() if name.endswith("num_batches_tracked"))
+
+
 def test_tied_parameter_is_written_once_under_the_name_that_others_tie_to(tmp_path: Path) -> None:
     tied = load_file(write_random_weights(config("llama", tie_word_embeddings=True), tmp_path))
     assert "model.embed_tokens.weight" in tied
@@ -166,6 +177,7 @@ import resource, sys
 from pathlib import Path
 from transformers import LlamaConfig
 from calque.random_weights import write_random_weights
+from tests.tiny_vision import save_random
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 shape = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2)
 write_random_weights(LlamaConfig(**shape, num_hidden_layers=1), Path(sys.argv[1]))

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import BertConfig, LlamaConfig, T5Config, ViTConfig
+from transformers import BertConfig, DeiTConfig, LlamaConfig, T5Config, ViTConfig
 
 from calque import converters, tasks
 from calque.converters import causal_lm
@@ -30,13 +30,16 @@ def test_task_is_found_by_its_name_and_by_optimums_synonyms() -> None:
         (BertConfig(architectures=["BertForMaskedLM"]), True, "fill-mask"),
         (BertConfig(architectures=["BertForTokenClassification"]), False, "token-classification"),
         (BertConfig(architectures=["BertForQuestionAnswering"]), False, "question-answering"),
+        (ViTConfig(architectures=["ViTForImageClassification"]), False, "image-classification"),
+        (DeiTConfig(architectures=["DeiTForImageClassificationWithTeacher"]), False, "image-classification"),
+        (ViTConfig(), False, "image-classification"),
     ],
 )
 def test_task_is_inferred_from_architectures_or_type(config: Any, pooled: bool, expected: str) -> None:
     assert tasks.infer(config, pooled).name == expected
 
 
-OTHER_HEADS = [T5Config(architectures=["T5ForConditionalGeneration"]), ViTConfig(architectures=["ViTForImageClassification"])]
+OTHER_HEADS = [T5Config(architectures=["T5ForConditionalGeneration"]), ViTConfig(architectures=["ViTForMaskedImageModeling"])]
 
 
 @pytest.mark.parametrize("config", OTHER_HEADS)

@@ -71,6 +71,18 @@ BERT = {
     "pad_token_id": 0, "position_embedding_type": "absolute", "type_vocab_size": 2, "use_cache": True, "vocab_size": 211,
 }  # fmt: skip
 
+VIT = {
+    "architectures": ["ViTForImageClassification"], "model_type": "vit", "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0,
+    "hidden_act": "gelu", "hidden_size": 48, "image_size": 28, "initializer_range": 0.02, "intermediate_size": 96, "layer_norm_eps": 1e-12,
+    "num_attention_heads": 4, "num_channels": 3, "num_hidden_layers": 2, "patch_size": 7, "qkv_bias": True,
+    "id2label": {"0": "tench", "1": "goldfish", "2": "great white shark"},
+    "label2id": {"tench": 0, "goldfish": 1, "great white shark": 2},
+}  # fmt: skip
+VIT_PREPROCESSOR = {
+    "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    "image_processor_type": "ViTImageProcessor", "resample": 2, "rescale_factor": 0.00392156862745098, "size": {"height": 28, "width": 28},
+}  # fmt: skip
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "sentence-transformers/all-MiniLM-L6-v2": BERT,
     "BAAI/bge-small-en-v1.5": {**BERT, "torch_dtype": "float32", "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}},
@@ -79,6 +91,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-0.6B": QWEN3,
     "google/gemma-3-270m-it": GEMMA_3,
     "microsoft/Phi-4-mini-instruct": PHI_4_MINI,
+    "google/vit-base-patch16-224": VIT,
 }
 
 # How sentence-transformers pools each of them: the mean over tokens, or the first token.
@@ -100,6 +113,8 @@ def read_shrunken(path: Path, folder: Path) -> Recipe:
         return Recipe.read(path)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIGS[model]))
+    if CONFIGS[model] is VIT:
+        (folder / "preprocessor_config.json").write_text(json.dumps(VIT_PREPROCESSOR))
     if model in POOLING:
         (folder / "modules.json").write_text(json.dumps(MODULES))
         (folder / "1_Pooling").mkdir()
