@@ -356,7 +356,8 @@ def rates(engine: Engine, bandwidth: float | None, weights: int, tokens: Array, 
     print(f"of which the engine takes {found['step_ms']:.3f} ms: {found['tokens_per_second']:.1f} tokens/s,")
     print(f"{percent:.1f} % of the {roofline:.0f} that {bandwidth:.0f} GB/s allow for {weights / 1e6:.1f} MB of weights a step")
     print("decode steps are one CUDA graph" if engine.replays else f"no CUDA graph{': ' * bool(engine.why_no_graph)}{engine.why_no_graph}")
-    return found | {"roofline_percent": percent, "bandwidth_gb_s": bandwidth, "cuda_graph": engine.replays}
+    figures = {"roofline_percent": percent, "bandwidth_gb_s": bandwidth, "weight_bytes": weights}
+    return found | figures | {"cuda_graph": engine.replays}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from calque.artifact import Artifact
@@ -13,7 +15,7 @@ from calque.runtime import open_session
 from calque.validation.compare import compare
 from calque.validation.drive import ModelIO
 from calque.validation.reference import read_references
-from tests.targets.tensorrt_folder import SLOTS, Gpu, decoder, encoder, profile
+from tests.targets.tensorrt_folder import SLOTS, Gpu, Ran, decoder, encoder, profile
 
 SCRIPTS = Path(__file__).parents[2] / "targets" / "tensorrt_package"
 
@@ -32,14 +34,20 @@ def launches(text: str) -> int:
     return int(text.split("graphs were launched ")[1].split()[0])
 
 
-def test_a_right_engine_passes_every_scenario_as_the_gate_does(gpu: Gpu) -> None:
+@pytest.fixture(scope="module")
+def ran(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """How the script ends over a right engine."""
+    gpu = Gpu.over(package, tmp_path_factory.mktemp("right"))
     gpu.build()
-    ran = gpu.run()
+    return gpu.run()
+
+
+def test_a_right_engine_passes_every_scenario_as_the_gate_does(package: Path, ran: Ran) -> None:
     assert ran.code == 0, ran.text
-    artifact = Artifact.read(gpu.package)
+    artifact = Artifact.read(package)
     io = ModelIO.of(artifact)
-    session = open_session(gpu.package)
-    for scenario, references in read_references(gpu.package):
+    session = open_session(package)
+    for scenario, references in read_references(package):
         line = ran.line(scenario.name)
         if scenario.refuse:
             assert line["status"] == ("passed" if "max_length" in scenario.refuse else "not_run"), line
@@ -52,64 +60,55 @@ def test_a_right_engine_passes_every_scenario_as_the_gate_does(gpu: Gpu) -> None
         assert line["tokens"] == expected["positions"]
 
 
-def test_it_measures_what_it_says(gpu: Gpu) -> None:
-    gpu.build()
-    ran = gpu.run()
+def test_it_measures_what_it_says(package: Path, ran: Ran) -> None:
     said = ran.said
     assert {"sdk", "version", "device", "max_sigma", "mean_sigma", "tokens_agreed", "tokens", "scenarios"} < set(said)
     assert {"prefill_ms", "decode_ms", "tokens_per_second", "roofline_percent", "cuda_graph"} < set(said)
     assert (said["sdk"], said["version"], said["device"], said["cuda_graph"]) == ("tensorrt", "11.4.0", "Fake GPU", True)
     assert said["tokens_per_second"] == pytest.approx(1000 / said["decode_ms"])
-    weights = (gpu.package / "model.plan").stat().st_size  # less than model.onnx and its weights: the fake plan holds none
-    assert said["roofline_percent"] == pytest.approx(100 * said["tokens_per_second"] * weights / 10e9)
+    # The fake plan holds no weights: it is the smaller of the two.
+    assert 0 < said["weight_bytes"] < (package / "model.onnx.data").stat().st_size
+    assert said["roofline_percent"] == pytest.approx(100 * said["tokens_per_second"] * said["weight_bytes"] / 10e9)
     assert "9 tokens of prompt" in ran.text
     assert launches(ran.text) > 30
 
 
-def test_the_bandwidth_is_measured_where_it_is_not_given(gpu: Gpu) -> None:
+def test_the_bandwidth_is_measured_and_lengths_are_cut_to_the_slots(gpu: Gpu) -> None:
     gpu.build()
-    ran = gpu.run("--bandwidth", "0")
-    assert ran.code == 0, ran.text
-    assert ran.said["bandwidth_gb_s"] > 0.1
+    other = gpu.run("--bandwidth", "0", "--prompt-tokens", "900", "--new-tokens", "20")
+    assert other.code == 0, other.text
+    assert other.said["bandwidth_gb_s"] > 0.1
+    assert f"{SLOTS - 20} tokens of prompt" in other.text
 
 
-def test_lengths_that_do_not_fit_the_slots_are_cut(gpu: Gpu) -> None:
+def test_without_a_graph_the_numbers_are_the_same(gpu: Gpu, ran: Ran) -> None:
     gpu.build()
-    ran = gpu.run("--prompt-tokens", "900", "--new-tokens", "20")
-    assert f"{SLOTS - 20} tokens of prompt" in ran.text
-    assert ran.code == 0
-
-
-def test_without_a_graph_the_numbers_are_the_same(gpu: Gpu) -> None:
-    gpu.build()
-    ran = gpu.run()
     for other in (gpu.run("--no-cuda-graph"), gpu.run(FAKE_NO_CAPTURE="1")):
         assert (other.code, other.said["cuda_graph"], launches(other.text)) == (0, False, 0)
         assert other.said["scenarios"] == ran.said["scenarios"]
     assert "not permitted when stream is capturing" in other.text
 
 
-def test_tensorrt_rtx_replays_graphs_by_itself(gpu: Gpu) -> None:
+def test_tensorrt_rtx_replays_graphs_by_itself(gpu: Gpu, ran: Ran) -> None:
     gpu.build()
-    ran = gpu.run(sdk="tensorrt_rtx")
-    assert (ran.code, ran.said["sdk"], ran.said["cuda_graph"], launches(ran.text)) == (0, "tensorrt_rtx", True, 0)
+    other = gpu.run(sdk="tensorrt_rtx")
+    assert (other.code, other.said["sdk"], other.said["cuda_graph"], launches(other.text)) == (0, "tensorrt_rtx", True, 0)
+    assert other.said["scenarios"] == ran.said["scenarios"]
 
 
-def test_prefill_and_decode_may_have_a_profile_each(gpu: Gpu) -> None:
-    gpu.build(profiles=[profile(gpu.package, "prefill", (1, 1), (5, SLOTS)), profile(gpu.package, "decode", (1, 1), (5, 1))])
-    ran = gpu.run()
-    assert (ran.code, ran.said["cuda_graph"]) == (0, True), ran.text
-    only = [profile(gpu.package, "prefill", (1, 2), (5, SLOTS)), profile(gpu.package, "decode", (1, 1), (5, 1))]
-    gpu.build(profiles=only)
-    assert gpu.run().said["scenarios"] == ran.said["scenarios"]
+def test_prefill_and_decode_may_have_a_profile_each(gpu: Gpu, ran: Ran) -> None:
+    gpu.build(profiles=[profile(gpu.package, "prefill", (1, 2), (5, SLOTS)), profile(gpu.package, "decode", (1, 1), (5, 1))])
+    other = gpu.run()
+    assert (other.code, other.said["cuda_graph"]) == (0, True), other.text
+    assert other.said["scenarios"] == ran.said["scenarios"]
 
 
 def test_prompts_wider_than_the_profile_go_in_pieces(gpu: Gpu) -> None:
     gpu.build(profiles=[profile(gpu.package, "narrow", (1, 1), (3, 16))])
-    ran = gpu.run()
-    assert ran.code == 0, ran.text
-    assert ran.line("untraced-length")["status"] == "passed"
-    assert ran.line("batch-5") == {**ran.line("batch-5"), "status": "not_run", "reason": "larger than the engine's profiles"}
+    other = gpu.run()
+    assert other.code == 0, other.text
+    assert other.line("untraced-length")["status"] == "passed"
+    assert other.line("batch-5") == {**other.line("batch-5"), "status": "not_run", "reason": "larger than the engine's profiles"}
 
 
 @pytest.mark.parametrize("fault", ["ignores write_indices", "NaN", "swapped outputs", "one step late"])
@@ -204,6 +203,19 @@ def test_the_fake_has_no_name_that_the_real_one_lacks() -> None:
                     and isinstance(part.value, ast.Name) and part.value.id == "self"}  # fmt: skip
         missing += [f"{name}.{member}" for member in members if member[0] != "_" and not hasattr(getattr(real, name), member)]
     assert missing == []
+
+
+def test_bfloat16_is_read_from_its_bits() -> None:
+    spec = importlib.util.spec_from_file_location("cuda_engine", SCRIPTS / "cuda_engine.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    bits = np.array([[0x3F80, 0xC000], [0x7FC0, 0x0001]], dtype=np.uint16)
+    found = module.as_float(bits, "bfloat16")
+    assert found[0].tolist() == [1.0, -2.0]
+    assert np.isnan(found[1, 0])
+    assert 0 < found[1, 1] < 1e-38
 
 
 def definitions(path: Path) -> dict[str, str]:
