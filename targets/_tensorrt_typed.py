@@ -15,6 +15,8 @@ from calque.targets._to_onnx import SOURCE
 
 Dims = tuple[int | str | None, ...]
 FLOATS = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE})
+# Operators of TensorRT's own that give what is like their first input.
+LIKE_FIRST = frozenset({"TRT_Attention", "TRT_KVCacheUpdate", "TRT_QuantizedAttention"})
 SLOT_WRITES = frozenset({"TensorScatter", "TRT_KVCacheUpdate"})
 # What hands on the values that it is given, in another order, shape or type.
 HANDING_ON = frozenset({"Cast", "CastLike", "Concat", "Expand", "Flatten", "Gather", "Identity", "Mul", "Reshape", "Slice", "Split",
@@ -30,8 +32,24 @@ def typed(lowered: ir.Model) -> ir.Model:
             value.dtype, value.shape = value.const_value.dtype, value.const_value.shape
             value.const_value = None
     stock.InlinePass()(copy)
-    stock.ShapeInferencePass(check_type=False, strict_mode=False)(copy)
+    for node in copy.graph.all_nodes():
+        copy.opset_imports.setdefault(node.domain, 1)  # without which inference stops where it meets the domain
+    _infer(copy)
     return copy
+
+
+def _infer(model: ir.Model) -> None:
+    """Give values the types and shapes that follow; TensorRT's own attention, which inference does not know, gives its queries' own."""
+    own = [(node, node.op_type, node.domain, node.inputs) for node in model.graph.all_nodes() if node.op_type in LIKE_FIRST]
+    for node, _, _, _ in own:
+        node.op_type, node.domain = "Identity", ""
+        node.resize_inputs(1)
+    stock.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    for node, kind, domain, inputs in own:
+        node.op_type, node.domain = kind, domain
+        node.resize_inputs(len(inputs))
+        for place, value in enumerate(inputs):
+            node.replace_input_with(place, value)
 
 
 def dims(value: ir.Value | None) -> Dims | None:

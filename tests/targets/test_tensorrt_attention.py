@@ -137,6 +137,17 @@ def test_a_call_longer_than_the_slots_is_refused() -> None:
     assert (answer, "not self-consistent" in lines) == ("taken", True)  # a warning alone
 
 
+def test_shapes_follow_beyond_tensorrt_s_own_attention() -> None:
+    sketch, domain = Sketch(), "trt"
+    q, k, v = (given(name, F16, "B", heads, "S", 32) for name, heads in (("q", 4), ("k", 2), ("v", 2)))
+    turned = sketch.add("TRT_Attention", q, k, v, domain=domain, causal_kind="lower_right")
+    out = sketch.add("RotaryEmbedding", turned, *(given(name, F16, 1, "S", 16) for name in ("cos", "sin")))
+    model = sketch.model(out)
+    assert rules(model) == ["rotary-batch"]
+    model.opset_imports.pop(domain)  # as torch.onnx leaves it
+    assert rules(model) == ["rotary-batch"]
+
+
 def test_lengths_arrive_in_the_right_place_alone() -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     arrived = []
