@@ -17,23 +17,26 @@ from pathlib import Path
 from tests.api.bindings import Api, Member
 
 MODULES = frozenset({"trt", "tensorrt", "tensorrt_rtx"})
-# Of a value: "module", "class", "object", "many" of a class by its name, or "call" by its owner (none: the module) and name.
+# Of a value: "module", "class", "object", "many" of a class by its name, or "call" by its owner (none: the module) and name;
+# "function" is one that was taken of the class, and takes self as well.
 Kind = tuple[str, str, str]
 Kinds = frozenset[Kind]
+Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 MODULE: Kinds = frozenset({("module", "", "")})
 NOTHING: Kinds = frozenset()
+ANY = "*"
 # Rounds over a file: each carries what is known of arguments one call further.
 ROUNDS = 6
 
 
 @dataclass(frozen=True, order=True)
 class Use:
-    """A name that a file uses: ``optional`` where the file asks first whether it is there."""
+    """A name that a file uses: ``asked`` are those that the function asks for first, `ANY` where it takes care in another way."""
 
     line: int
     owner: str
     name: str
-    optional: bool
+    asked: tuple[str, ...] = ()
     keywords: tuple[str, ...] = ()
     positional: int = 0
 
@@ -52,9 +55,12 @@ class _Reader:
         self.uses: set[Use] = set()
         self.known: dict[tuple[ast.AST | None, str], Kinds] = defaultdict(frozenset)
         self.fields: dict[str, Kinds] = defaultdict(frozenset)
-        self.returns: dict[str, Kinds] = defaultdict(frozenset)
-        self.functions = {node.name: node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
-        self.records = {node.name: _field_names(node) for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+        self.returns: dict[ast.AST, Kinds] = defaultdict(frozenset)
+        classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        self.methods = {node.name: node for owner in classes for node in owner.body if isinstance(node, Function)}
+        own = set(self.methods.values())
+        self.functions = {node.name: node for node in ast.walk(tree) if isinstance(node, Function) and node not in own}
+        self.records = {node.name: _field_names(node) for node in classes}
         self.scopes: list[ast.AST | None] = [None]
         self.asked: list[frozenset[str]] = [frozenset()]
         self.either = 0
@@ -81,7 +87,7 @@ class _Reader:
         every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         for argument in every:
             self.known[node, argument.arg] |= self._annotated(argument.annotation)
-        self.returns[node.name] |= self._annotated(node.returns)
+        self.returns[node] |= self._annotated(node.returns)
         for default in (*node.args.defaults, *node.args.kw_defaults):
             self.read(default)
         self.scopes.append(node)
@@ -104,9 +110,9 @@ class _Reader:
         return NOTHING
 
     def _return(self, node: ast.Return) -> Kinds:
-        function = next((scope for scope in reversed(self.scopes) if isinstance(scope, (ast.FunctionDef, ast.AsyncFunctionDef))), None)
+        function = next((scope for scope in reversed(self.scopes) if isinstance(scope, Function)), None)
         if function is not None:
-            self.returns[function.name] |= self.read(node.value)
+            self.returns[function] |= self.read(node.value)
         return NOTHING
 
     def _assign(self, node: ast.Assign) -> Kinds:
@@ -163,7 +169,7 @@ class _Reader:
         owners = self.read(node.value)
         if node.attr in MODULES:
             return MODULE
-        return self._look_up(owners, node.attr, node.lineno, self.either > 0) if _of_api(owners) else self.fields.get(node.attr, NOTHING)
+        return self._look_up(owners, node.attr, node.lineno) if _of_api(owners) else self.fields.get(node.attr, NOTHING)
 
     def _subscript(self, node: ast.Subscript) -> Kinds:
         self.read(node.slice)
@@ -210,8 +216,7 @@ class _Reader:
         arguments = [self.read(argument) for argument in node.args]
         keywords = {keyword.arg or "": self.read(keyword.value) for keyword in node.keywords}
         if name in ("getattr", "hasattr") and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
-            optional = len(node.args) > 2 or name == "hasattr"
-            given = self._look_up(arguments[0], str(node.args[1].value), node.lineno, optional or self.either > 0)
+            given = self._look_up(arguments[0], str(node.args[1].value), node.lineno)
             return given if name == "getattr" else NOTHING
         if name == "getattr" and arguments:
             return frozenset(("object", owner, "") for kind, owner, _ in arguments[0] if kind == "class")
@@ -224,7 +229,7 @@ class _Reader:
             return arguments[0] if arguments else self.read(node.func.value) if isinstance(node.func, ast.Attribute) else NOTHING
         if name in ("next", "pop"):
             return _elements(arguments[0] if arguments else NOTHING)
-        return self._called_here(name, arguments, keywords)
+        return self._called_here(node.func, name, arguments, keywords)
 
     # What they have in common.
 
@@ -265,16 +270,20 @@ class _Reader:
         else:
             self.read(target)
 
-    def _look_up(self, owners: Kinds, name: str, line: int, optional: bool) -> Kinds:
+    def _look_up(self, owners: Kinds, name: str, line: int) -> Kinds:
         given: set[Kind] = set()
-        classes = ["" if kind == "module" else owner for kind, owner, _ in owners if kind in ("module", "class", "object")]
-        holding = [owner for owner in classes if self._members(owner, name)]
-        optional = optional or name in self.asked[-1]
+        # Every class of Python has what `type` has.
+        places = {
+            (kind, owner) for kind, owner, _ in owners if kind in ("module", "object") or (kind == "class" and not hasattr(type, name))
+        }
+        holding = {place for place in places if self._members(place[1], name)}
+        asked = (*sorted(self.asked[-1]), *([ANY] if self.either else []))
         # What holds it in no release is reported of all that it may be; what holds it in some, of those alone.
-        for owner in holding or classes:
-            self.uses.add(Use(line, owner, name, optional))
+        for kind, owner in holding or places:
+            self.uses.add(Use(line, owner, name, asked))
             for member in self._members(owner, name):
-                given |= {("call", owner, name)} if member.kind == "call" else _given_by(member)
+                called = ("function" if kind == "class" else "call", owner, name)
+                given |= {called} if member.kind == "call" else _given_by(member)
         return frozenset(given)
 
     def _members(self, owner: str, name: str) -> list[Member]:
@@ -288,24 +297,25 @@ class _Reader:
         keywords = tuple(sorted(keyword.arg for keyword in node.keywords if keyword.arg))
         for kind, owner, name in called:
             if kind == "call":
-                self.uses.add(Use(node.lineno, owner, name, True, keywords, 0 if starred else len(node.args) + len(keywords)))
+                self.uses.add(Use(node.lineno, owner, name, (ANY,), keywords, 0 if starred else len(node.args) + len(keywords)))
+            if kind in ("call", "function"):
                 given = given.union(*(_given_by(member) for member in self._members(owner, name)))
         return frozenset(given)
 
-    def _called_here(self, name: str, arguments: list[Kinds], keywords: dict[str, Kinds]) -> Kinds:
+    def _called_here(self, called: ast.expr, name: str, arguments: list[Kinds], keywords: dict[str, Kinds]) -> Kinds:
         """What a function of the file gives, which now knows what it was called with; fields of a class likewise."""
         if name in self.records:
             for field, kinds in (*zip(self.records[name], arguments, strict=False), *keywords.items()):
                 self.fields[field] |= kinds
             return NOTHING
-        function = self.functions.get(name)
+        function = (self.functions if isinstance(called, ast.Name) else self.methods).get(name)
         if function is None:
             return NOTHING
         positional = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
         positional = positional[1:] if positional[:1] in (["self"], ["cls"]) else positional
         for parameter, kinds in (*zip(positional, arguments, strict=False), *keywords.items()):
             self.known[function, parameter] |= kinds
-        return self.returns[name]
+        return self.returns[function]
 
     def _annotated(self, annotation: ast.expr | None) -> Kinds:
         """What an annotation says in names of the API, `trt.X`; in brackets it is many of them."""
@@ -348,7 +358,8 @@ def _field_names(node: ast.ClassDef) -> list[str]:
 
 
 def _asked(function: ast.AST) -> frozenset[str]:
-    """The names that a function asks for with `hasattr`: it uses them where they are."""
-    calls = (node for node in ast.walk(function) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
-    asking = (node.args[1] for node in calls if isinstance(node.func, ast.Name) and node.func.id == "hasattr" and len(node.args) > 1)
+    """The names that a function asks for, with `hasattr` or a default of `getattr`: what it does with them it does where they are."""
+    calls = [node for node in ast.walk(function) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    least = {"hasattr": 2, "getattr": 3}
+    asking = [node.args[1] for node in calls if len(node.args) >= least.get(getattr(node.func, "id", ""), len(node.args) + 1)]
     return frozenset(str(name.value) for name in asking if isinstance(name, ast.Constant))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.api.bindings import Api
-from tests.api.names import Problem, problems, unknown_names
+from tests.api.names import Problem, build_problems, problems
 from tests.api.reader import uses
 
 pytestmark = pytest.mark.api
@@ -142,6 +142,18 @@ def test_a_name_of_one_package_alone_needs_a_question(newest: Api, rtx: Api, tmp
     ]
 
 
+def test_a_name_of_one_package_may_follow_a_question_for_another(newest: Api, rtx: Api, oldest: Api, tmp_path: Path) -> None:
+    text = """
+        def f(config: 'trt.IBuilderConfig', name: str):
+            if hasattr(trt, "ComputeCapability"):
+                config.num_compute_capabilities = len(trt.ComputeCapability.__members__)
+                config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
+                config.set_calibration_profile(None)
+    """
+    path = written(tmp_path, text)
+    assert [problem.line for problem in problems(path, [newest, rtx], oldest)] == [5]
+
+
 def test_a_wrong_argument_is_reported(newest: Api, tmp_path: Path) -> None:
     path = written(tmp_path, "def f(profile: 'trt.IOptimizationProfile'):\n    profile.set_shape('x', least=(1,))\n")
     assert problems(path, [newest]) == [Problem("script.py", 2, f"IOptimizationProfile.set_shape: no argument least in {newest.label}")]
@@ -150,12 +162,25 @@ def test_a_wrong_argument_is_reported(newest: Api, tmp_path: Path) -> None:
 def test_a_name_that_only_a_later_release_has_is_reported(newest: Api, oldest: Api, tmp_path: Path) -> None:
     path = written(tmp_path, "kind = trt.CausalMaskKind.LOWER_RIGHT\n")
     assert [problem.what for problem in problems(path, [newest], oldest)] == [
-        f"CausalMaskKind.LOWER_RIGHT is not in {oldest.label}",
         f"trt.CausalMaskKind is not in {oldest.label}",
     ]
 
 
-def test_names_in_a_build_file_are_those_of_an_enumeration(newest: Api, rtx: Api) -> None:
-    build = {"flags": ["STRIP_PLAN"], "memory_pools": {"WORKSPACE": 1 << 30}, "profiling_verbosity": "DETAILED", "file": "model.onnx"}
-    assert not unknown_names(build, [newest, rtx])
-    assert unknown_names({**build, "flags": ["FP16", "STRIP_PLAN", "WEIGHTLESS"]}, [newest, rtx]) == ["FP16", "WEIGHTLESS"]
+def test_names_of_a_build_file_are_those_of_the_field(newest: Api, rtx: Api, tmp_path: Path) -> None:
+    sound = 'build = {"builder_flags": ["STRIP_PLAN"], "memory_pool_limits": {"WORKSPACE": 1}, "onnx": "A"}\n'
+    path = written(tmp_path, sound)
+    assert not build_problems(path, [newest, rtx])
+    wrong = """build["builder_flags"] = ["INT8"]
+build.get("profiling_verbosity", "VERBOSE")
+build.get("compute_capabilities", ["SM86", "SM90"])
+"""
+    path = written(tmp_path, sound + wrong)
+    assert [(problem.line, problem.what) for problem in build_problems(path, [newest, rtx])] == [
+        (2, f"BuilderFlag.INT8 is not in {newest.label}, tensorrt_rtx"),
+        (3, f"ProfilingVerbosity.VERBOSE is not in {newest.label}, tensorrt_rtx"),
+        (4, "ComputeCapability.SM90 is not in tensorrt_rtx"),
+    ]
+
+
+def test_sources_name_only_members_in_build_files(newest: Api, rtx: Api) -> None:
+    assert not [str(each) for path in (*SCRIPTS, *SOURCES) for each in build_problems(path, [newest, rtx])]
