@@ -7,13 +7,14 @@
     engine  IKVCacheUpdateLayer(past, new, write_indices), its output the memory of its input
 
 torch-tensorrt makes that layer of its own only of writes at a place that is a constant, of one row. Slots begin where each
-row's tokens do, so that what writes them stays whole until the layer is made of it here. Never run: no machine of this project
-has the package; that what is called here exists as it is called is checked against its release.
+row's tokens do, so that what writes them stays whole until the layer is made of it here. What is called here is checked against
+the package's release; no engine of this route was run.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -74,19 +75,41 @@ def build(model: TracedModel, engine: Path, shapes: Mapping[str, Mapping[str, Se
         raise UsageError("inputs of changing shape have no range", missing, "give each its min, opt and max")
     _register_slots()
     inputs = [torch_tensorrt.Input(dtype=getattr(torch, spec.dtype), **_ranges(spec, shapes)) for spec in model.inputs]
+    program, said = decomposed(model), _Errors()
     try:
-        written = convert_exported_program_to_serialized_trt_engine(
-            decomposed(model),
-            arg_inputs=inputs,
-            arg_input_binding_names=tuple(spec.name for spec in model.inputs),
-            output_binding_names=tuple(spec.name for spec in model.outputs),
-            truncate_double=True,
-            attn_bias_is_causal=False,  # else every mask of an attention is taken for a causal one
-        )
+        with said:
+            written = convert_exported_program_to_serialized_trt_engine(
+                program,
+                arg_inputs=inputs,
+                arg_input_binding_names=tuple(spec.name for spec in model.inputs),
+                output_binding_names=tuple(spec.name for spec in model.outputs),
+                truncate_double=True,
+                attn_bias_is_causal=False,  # else every mask of an attention is taken for a causal one
+            )
     except RuntimeError as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
+        lines = [line for text in (*said.texts, str(error)) for line in text.splitlines()[:1] if line.strip()]
         raise Unsupported("torch-tensorrt builds no engine of this graph", lines, "build the ONNX file instead: via: onnx") from error
     engine.write_bytes(written)
+
+
+class _Errors(logging.Handler):
+    """Keeps the errors that torch-tensorrt logs while it is open: why TensorRT refuses a network stands nowhere else."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """``texts`` has what is said, if torch-tensorrt says it."""
+        if record.name.startswith("torch_tensorrt"):
+            self.texts.append(record.getMessage())
+
+    def __enter__(self) -> None:
+        # On the root: TensorRT's own messages go to a logger whose name has no dot.
+        logging.getLogger().addHandler(self)
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger().removeHandler(self)
 
 
 def decomposed(model: TracedModel) -> ExportedProgram:
@@ -113,8 +136,18 @@ def decomposed(model: TracedModel) -> ExportedProgram:
 
 def _meanings() -> dict[Any, Callable[..., Any]]:
     """Return the reference of each of our operators, in plain tensor operations, but of the one that becomes a layer."""
-    ours = (definition for definition in OPDEFS.values() if definition._namespace == NAMESPACE)
-    return {each._opoverload: each._init_fn for each in ours if each._opoverload is not torch.ops.calque.write_slots.default}
+    ours = [definition for definition in OPDEFS.values() if definition._namespace == NAMESPACE]
+    meanings = {each._opoverload: each._init_fn for each in ours if each._opoverload is not torch.ops.calque.write_slots.default}
+    return {**meanings, torch.ops.aten.clamp.default: _clamp}
+
+
+def _clamp(x: torch.Tensor, low: float | None = None, high: float | None = None) -> Any:
+    """Return whole numbers between two others; torch-tensorrt 2.14 makes floating-point ones of them, which index no table."""
+    if x.is_floating_point():
+        return NotImplemented
+    if low is not None:
+        x = x.masked_fill(x < low, low)
+    return x if high is None else x.masked_fill(x > high, high)
 
 
 def _ranges(spec: TensorSpec, shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> dict[str, tuple[int, ...]]:
@@ -134,8 +167,11 @@ def _register_slots() -> None:
 
     def write_slots(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Any:
         past, new, write_indices = args
+        # Heads came apart by a size that is worked out, which the layer would take for one of any call.
+        apart = ctx.net.add_shuffle(new)
+        apart.reshape_dims = (0, past.shape[1], 0, past.shape[3])
         starts = cast_trt_tensor(ctx, write_indices, torch.int32, f"{name}_starts")
-        whole = emit_kv_cache_update_layer(ctx, name, past, new, starts)
+        whole = emit_kv_cache_update_layer(ctx, name, past, apart.get_output(0), starts)
         if whole is None:
             raise RuntimeError(f"{name}: TensorRT writes no slots of a state that is not an input as it stands")
         return whole

@@ -115,7 +115,7 @@ def test_shapes_are_given_in_words_that_the_package_reads(wheel: Path) -> None:
         ("arg_input_binding_names=", "input_binding_names=", "takes no input_binding_names"),
         ("dtype=getattr", "data_type=getattr", "takes no data_type"),
         ("supports_dynamic_shapes=True", "dynamic=True", "takes no dynamic"),
-        ("(ctx, name, past, new, starts)", "(ctx, name, past, new)", "needs write_indices"),
+        (".get_output(0), starts)", ".get_output(0))", "needs write_indices"),
         ("import emit_kv_cache_update_layer", "import emit_kv_cache_layer as emit_kv_cache_update_layer", "has no such name"),
         ("torch_tensorrt.Input(", "torch_tensorrt.InputSpec(", "is not there"),
     ],
