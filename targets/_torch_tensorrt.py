@@ -138,16 +138,14 @@ def _meanings() -> dict[Any, Callable[..., Any]]:
     """Return the reference of each of our operators, in plain tensor operations, but of the one that becomes a layer."""
     ours = [definition for definition in OPDEFS.values() if definition._namespace == NAMESPACE]
     meanings = {each._opoverload: each._init_fn for each in ours if each._opoverload is not torch.ops.calque.write_slots.default}
-    return {**meanings, torch.ops.aten.clamp.default: _clamp}
+    return {**meanings, torch.ops.aten.cumsum.default: _cumsum}
 
 
-def _clamp(x: torch.Tensor, low: float | None = None, high: float | None = None) -> Any:
-    """Return whole numbers between two others; torch-tensorrt 2.14 makes floating-point ones of them, which index no table."""
-    if x.is_floating_point():
+def _cumsum(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
+    """Return sums of whole numbers by way of float32, exact to 2²⁴: torch-tensorrt 2.14 adds them to a float32 zero, and casts nothing."""
+    if x.is_floating_point() or (dtype is not None and dtype.is_floating_point):
         return NotImplemented
-    if low is not None:
-        x = x.masked_fill(x < low, low)
-    return x if high is None else x.masked_fill(x > high, high)
+    return x.to(torch.float32).cumsum(dim).to(dtype or torch.int64)
 
 
 def _ranges(spec: TensorSpec, shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> dict[str, tuple[int, ...]]:
