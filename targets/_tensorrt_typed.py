@@ -27,7 +27,9 @@ def typed(lowered: ir.Model) -> ir.Model:
     """Return a copy whose functions are inlined and whose values have the types and shapes that follow; the model stays as it is."""
     copy = lowered.clone()
     for value in copy.graph.initializers.values():
-        if isinstance(value.const_value, ir.LazyTensor):
+        if isinstance(value.const_value, ir.LazyTensor) and not value.const_value.shape.dims:
+            value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)  # a number: the scale or zero point of activations
+        elif isinstance(value.const_value, ir.LazyTensor):
             # Gigabytes in all. Inference takes its type and shape alone, as it takes those of an input.
             value.dtype, value.shape = value.const_value.dtype, value.const_value.shape
             value.const_value = None

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from calque.artifact import Artifact, GraphSpec, rounds_activations
+from calque.artifact import NUM_LOGITS_TO_KEEP, Artifact, GraphSpec, rounds_activations
 from calque.choices import NARROW, QUANTIZED
 from calque.errors import TargetUnavailable
 from calque.passes import Pass
@@ -107,7 +107,7 @@ class TensorRT:
 
         if untranslated := _to_onnx.problems(model, TENSORRT):
             return untranslated
-        return illegal(_to_onnx.to_onnx(model, TENSORRT))
+        return [*_inputs(model), *illegal(_to_onnx.to_onnx(model, TENSORRT))]
 
     def lower(self, model: TracedModel) -> ir.Model:
         """Return the ONNX model, with TensorRT's own attention where the passes put it; weights are still where the checkpoint has them."""
@@ -154,6 +154,8 @@ class TensorRT:
             "hardware_compatibility_level": "NONE",
             "compute_capabilities": [],
         }
+        if artifact.precision in QUANTIZED:
+            build["arithmetic"] = "float16"  # which limits the answers are held to
         if artifact.precision == "fp32":
             build["cleared_builder_flags"] = ["TF32"]  # which the builder allows by itself: 10 bits of a product's 23
         write_package(artifact.folder, build, profiles(artifact, self.profiles))
@@ -205,6 +207,14 @@ class TensorRT:
         needs = {"onnxruntime": "to prove", "torch": "to convert", "onnx-ir": "to convert", "onnxscript": "to convert"}
         builders = {"tensorrt": "builds and runs engines on a GPU", "tensorrt-rtx": "builds engines without one"}
         return [*package_rows(needs), *optional_rows(builders)]
+
+
+def _inputs(model: TracedModel) -> list[Problem]:
+    """Return what an engine cannot be asked: how many logits a call gives must not depend on the values that it is given."""
+    if all(spec.name != NUM_LOGITS_TO_KEEP for spec in model.inputs):
+        return []
+    why = "a length that a call's values decide is none that an engine can have"
+    return [Problem(NUM_LOGITS_TO_KEEP, "", "", why, "leave --logits dynamic out; --logits last gives those of the last position alone")]
 
 
 def _quantize(precision: str) -> tuple[Pass, ...]:
