@@ -139,7 +139,7 @@ def with_scales(weight: Weight, dtype: torch.dtype) -> Weight:
     return replace(weight, sources=tuple(with_scales(source, dtype) for source in weight.sources))
 
 
-def numbers_of(q: Weight, scale: Weight, zero_point: Weight | None = None, group: int = 0) -> Derived:
+def numbers_of(q: Weight, scale: Weight, zero_point: Weight | None = None, *, group: int) -> Derived:
     """Return the float weight [out, in] that integers of a table stand for, computed of them when it is read, some rows at a time."""
     parts = (q, scale) if zero_point is None else (q, scale, zero_point)
 

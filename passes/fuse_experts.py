@@ -68,6 +68,8 @@ class FuseExperts:
 
     def _refused(self, found: _Mixture) -> str:
         """Return why the kernel cannot do the mixture; nothing where it can."""
+        if any(weight.q.meta["val"].dtype != torch.int8 for weight in (found.up, found.down)):
+            return "its weights are stored as fp8, which the kernel does not know"
         if found.up.bits != found.down.bits:
             return f"its weights are of {found.up.bits} and {found.down.bits} bits"
         if found.up.bits == 8 and not self.rounded:

@@ -105,7 +105,7 @@ def _goes_with(value: Node, weight: Any) -> bool:
     """Return whether a weight of 8 bits, with one scale an output and no zero points, is of the format that a value was rounded to."""
     if not calls(weight, calque.dequantize_weight.default) or weight.args[2] is not None or weight.args[3] != 8 or weight.args[5]:
         return False
-    return (weight.args[0].meta["val"].dtype == torch.float8_e4m3fn) == (_format(value) == "fp8")
+    return bool((weight.args[0].meta["val"].dtype == torch.float8_e4m3fn) == (_format(value) == "fp8"))
 
 
 def _format(value: Node) -> str:
@@ -160,12 +160,11 @@ class _Laying:
     def look_up_numbers(self, user: Node, weight: Node) -> None:
         """Let a lookup read what the weight's integers stand for, a parameter of its own."""
         arguments: Any = weight.args
-        *parts, group = (*arguments[:3], arguments[5])
-        q = parts[0]
+        q: Node = arguments[0]
         if (q, "numbers") not in self.made:
-            held = [self.model.weights[self.names[part]] for part in parts if part is not None]
+            held = [self.model.weights[self.names[part]] for part in arguments[:3] if part is not None]
             name = f"{self.names[q].removesuffix('.q')}.numbers"
-            self.made[q, "numbers"] = self.model.add_parameter(name, numbers_of(*held, group=group), like=q)
+            self.made[q, "numbers"] = self.model.add_parameter(name, numbers_of(*held, group=arguments[5]), like=q)
         user.replace_input_with(weight, self.made[q, "numbers"])
 
     def _read(self, user: Node, weight: Node, inputs_first: bool) -> Node:

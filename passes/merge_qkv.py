@@ -177,7 +177,7 @@ def _integers(weight: Any) -> list[Node]:
 
 def _stored_alike(weight: Any) -> tuple[Any, ...]:
     """Return what must be the same of weights that are stacked; nothing of those that are numbers."""
-    return (len(_integers(weight)), *weight.args[3:]) if calls(weight, dequantize_weight) else ()
+    return (len(_integers(weight)), weight.args[0].meta["val"].dtype, *weight.args[3:]) if calls(weight, dequantize_weight) else ()
 
 
 def merged(model: TracedModel, names: dict[Node, str], found: tuple[Node, list[Node], list[Node]], ending: str) -> Node:

@@ -49,6 +49,9 @@ class PackWeights:
             if odd := next((user for user in node.users if not reads_rows(user, node)), None):
                 skipped.append((node.name, f"{odd.target} reads it, which has no form that takes integers"))
                 continue
+            if node.args[0].meta["val"].dtype != torch.int8:  # type: ignore[union-attr]
+                skipped.append((node.name, "it is stored as fp8, which has no operator that takes packed bytes"))
+                continue
             if _block(node) < SHORTEST_GROUP:
                 skipped.append((node.name, f"its rows divide into no group of {SHORTEST_GROUP} or more"))
                 continue

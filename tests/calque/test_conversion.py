@@ -40,7 +40,10 @@ def test_what_is_not_given_is_what_the_precision_says() -> None:
         ({"quantize_weights.grop": 64}, "pass quantize_weights has no option grop; did you mean `group`?"),
         ({"quantize_weights.group": 65}, "must be 16, 32, 64, 128, 256, or 0"),
         ({"quantize_weights.group.x": 64}, "group: Input should be a valid integer"),
-        ({"quantize_weights.overrides.lm_head.weight": "int5"}, "overrides.lm_head.weight: Input should be 'keep', 'int4' or 'int8'"),
+        (
+            {"quantize_weights.overrides.lm_head.weight": "int5"},
+            "lm_head.weight: Input should be 'keep', 'int4', 'int8' or 'fp8'",
+        ),
         ({"quantize_weights.overrides": "int8", "quantize_weights.overrides.x": "int8"}, "given as 'int8' and entry by entry"),
         ({"cast_precision.arithmetic": "narrow"}, "cast_precision is not among the passes of this target and precision"),
     ],

@@ -10,9 +10,10 @@ from calque import passes
 from calque.passes.cache_dynamic import CacheDynamic
 from calque.passes.pack_weights import PackWeights
 from calque.passes.quantize_weights import QuantizeWeights
+from calque.targets.onnxruntime import OnnxRuntime
 from calque.traced import TracedModel, user_nodes
 from calque.traced_session import TracedSession
-from tests.tiny_models import prompt, traced
+from tests.tiny_models import answers, prompt, traced
 
 calque = torch.ops.calque
 
@@ -73,3 +74,13 @@ def test_integers_that_something_else_reads_are_left() -> None:
     done = passes.run_one(PackWeights(), model)
     assert done.skipped == ((node.name, "aten.mul.Tensor reads it, which has no form that takes integers"),)
     assert len(user_nodes(model.graph.nodes, calque.dequantize_weight.default)) == 1
+
+
+def test_numbers_of_e4m3_are_left_as_they_are_and_not_stacked_with_integers() -> None:
+    model = traced("llama")
+    passes.run([QuantizeWeights(overrides={"*down_proj*": "fp8", "*q_proj*": "fp8"}), *OnnxRuntime().passes("fp32")], model)
+    inputs = prompt(model)
+    before = answers(model, inputs)["logits"]
+    done = passes.run_one(PackWeights(), model)
+    assert [reason for _, reason in done.skipped] == ["it is stored as fp8, which has no operator that takes packed bytes"] * 4
+    assert np.abs(answers(model, inputs)["logits"] - before).max() < 1e-4 * before.std()

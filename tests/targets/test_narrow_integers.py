@@ -59,8 +59,9 @@ class Stack(torch.nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(2)
         sizes = ((64, 96), (96, 160), (160, 32))
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(*size, bias=i != 1) for i, size in enumerate(sizes))
-        for layer in self.layers:
+        layers = [torch.nn.Linear(*size, bias=i != 1) for i, size in enumerate(sizes)]
+        self.layers = torch.nn.ModuleList(layers)
+        for layer in layers:
             for parameter in layer.parameters():
                 parameter.data = torch.randn(parameter.shape, generator=generator) / layer.in_features**0.5
 
@@ -122,7 +123,7 @@ def first_call(model: TracedModel) -> Arrays:
         "write_indices": np.zeros(2, np.int64),
         "kv_lengths": np.full(2, 6, np.int32),
     }
-    return given | {state.input: np.zeros((2, *state.shape[1:]), np.float16) for state in model.states}
+    return given | {state.input: np.zeros((2, *map(int, state.shape[1:])), np.float16) for state in model.states}
 
 
 def eager(model: TracedModel, ids: NDArray[Any], rounded: bool) -> NDArray[Any]:
