@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from calque import converters, memory_plan, passes, preflight, sentence, targets
 from calque.ceiling import tree_rss
-from calque.choices import NARROW
+from calque.choices import NarrowType
 from calque.errors import TargetUnavailable, Unsupported, UsageError
 from calque.recipe import Recipe, unbuilt_settings
 from calque.source import ModelSource
@@ -177,6 +177,11 @@ class Conversion:
         )
 
     @property
+    def narrow(self) -> NarrowType | None:
+        """What weights are stored in that are numbers and no float32: as the passes cast them; None where they do not."""
+        return next((step.dtype for step in self.plan if passes.name_of(step) == "cast_precision"), None)  # type: ignore[attr-defined]
+
+    @property
     def quantizes(self) -> bool:
         """Whether weights become integers."""
         return any(passes.name_of(step) == QUANTIZING for step in self.plan)
@@ -221,9 +226,9 @@ class Conversion:
 
     def eager(self) -> Module:
         """Return the untouched eager model, computing in float32, with weights of the recipe's precision."""
-        from calque.validation.eager import in_precision, with_weights
+        from calque.validation.eager import narrowed, with_weights
 
-        return with_weights(in_precision(self.source.load_eager(), self.recipe.precision), self.replaced)
+        return with_weights(narrowed(self.source.load_eager(), self.narrow), self.replaced)
 
     @property
     def special_tokens(self) -> set[int]:
@@ -237,9 +242,8 @@ class Conversion:
         from calque.validation.streamed import streamed
 
         model, weights = untouched(self.source)
-        if self.recipe.precision in NARROW:
+        if narrow := self.narrow:
             parameters = dict(model.named_parameters(remove_duplicate=False))
-            narrow = NARROW[self.recipe.precision]
             weights |= {name: cast(cast(weights[name], narrow), "float32") for name in parameters}
         return streamed(model, {**weights, **self.replaced})
 

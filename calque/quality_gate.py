@@ -92,14 +92,14 @@ class QualityGate:
         """
         if not self.asked or not self._fits(model):
             return
-        from calque.validation.eager import in_precision
+        from calque.validation.eager import narrowed
 
         parity, conversion = self.conversion.recipe.parity, self.conversion
         with stages("quality"):
             rows = self._rows(model)
             eager = conversion.source.load_eager()
             self.baseline = self._keep(model, eager, rows)
-            in_precision(eager, conversion.recipe.precision)
+            narrowed(eager, conversion.narrow)
             layers = Layers(conversion, model, eager, self._answer(model, eager), self.baseline)
             self.found = as_planned(layers, parity.sensitivity)
             if parity.max_kl is not None and self.found.quality.kl_mean is None:

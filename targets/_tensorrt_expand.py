@@ -64,7 +64,7 @@ class _Attention:
         [out] = self.node.outputs
         attention = ir.Node("", "Attention", [q, k, v, self.masks.get(key)], ir.convenience.convert_attributes({"scale": 1.0}))
         attention.name = self.node.name
-        attention.outputs[0].dtype, attention.outputs[0].shape = out.dtype, out.shape
+        attention.outputs[0].type, attention.outputs[0].shape = out.type, out.shape
         self.made.append(attention)
         self.graph.insert_before(self.node, self.made)
         out.replace_all_uses_with(attention.outputs[0], replace_graph_outputs=True)

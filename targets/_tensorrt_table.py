@@ -22,7 +22,7 @@ from calque.targets._standard import STANDARD, Table, ints, lower_right, placed,
 from calque.targets._tensorrt_attention import fused
 
 DOMAIN, PREFIX_ATTENTION = "trt", "TRT_Attention"
-LOWER_RIGHT = {"causal_kind": "lower_right"}
+CAUSAL_KIND = "lower_right"
 
 
 def attention(q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float, sinks: Any, causal: bool) -> Any:
@@ -39,7 +39,7 @@ def prefix_attention(q: Any, k: Any, v: Any, lengths: Any, scale: float) -> Any:
     if not fused(q.shape[3], v.shape[3], q.dtype):
         return written_attention(q, k, v, prefix_mask(q, k, lengths), scale, 0.0, None)
     scaled = op.CastLike(op.Mul(wide(q), op.Constant(value_float=scale)), q)
-    made = placed(PREFIX_ATTENTION, [scaled, k, v, None, None, lengths], domain=DOMAIN, **LOWER_RIGHT)
+    made = placed(PREFIX_ATTENTION, [scaled, k, v, None, None, lengths], domain=DOMAIN, causal_kind=CAUSAL_KIND)
     made.dtype = q.dtype
     return made
 

@@ -12,6 +12,7 @@ import torch
 
 from calque import passes
 from calque.artifact import Artifact
+from calque.choices import NARROW
 from calque.runtime.limits import check_limits
 from calque.session import Session
 from calque.targets.onnxruntime import OnnxRuntime
@@ -20,7 +21,7 @@ from calque.traced_session import TracedSession
 from calque.validation import scenarios
 from calque.validation.compare import Row, compare
 from calque.validation.drive import ModelIO
-from calque.validation.eager import in_precision
+from calque.validation.eager import narrowed
 from calque.validation.reference import Reference, store_reference
 from calque.validation.scenarios import Scenario
 from calque.weights import Derived
@@ -72,7 +73,7 @@ def half(name: str, precision: str = "fp16", target: OnnxRuntime = OnnxRuntime()
         loaded = source.load_eager()
         for weight in loud:
             loaded.get_parameter(weight).mul_(loudness)
-        return in_precision(loaded, precision)
+        return narrowed(loaded, NARROW.get(precision))
 
     counts = passes.run(target.passes(precision), model)
     emitted = target.emit(target.lower(model), model, folder)

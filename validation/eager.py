@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calque.artifact import PIXELS
-from calque.choices import NARROW
 from calque.errors import SourceUnreadable
 from calque.memory import ran_out
 from calque.threads import one_thread
@@ -22,21 +21,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from calque.artifact import TensorSpec
+    from calque.choices import NarrowType
     from calque.weights import Weight
 
 
-def in_precision(model: torch.nn.Module, precision: str) -> torch.nn.Module:
-    """Return the model, in float32 as it was, with the weights that an artifact of that precision holds.
+def narrowed(model: torch.nn.Module, narrow: NarrowType | None) -> torch.nn.Module:
+    """Return the model, in float32 as it was, with the weights of an artifact that stores those that are numbers in ``narrow``.
 
     Computing stays float32: what is then measured against it is the artifact's arithmetic, not the rounding of weights.
     """
     import torch
 
-    if precision in NARROW:
-        narrow = getattr(torch, NARROW[precision])
+    if narrow is not None:
+        dtype = getattr(torch, narrow)
         with torch.no_grad():
             for parameter in model.parameters():  # tied ones once; buffers are no weights
-                parameter.copy_(parameter.to(narrow))
+                parameter.copy_(parameter.to(dtype))
     return model
 
 

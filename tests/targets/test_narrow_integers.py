@@ -25,7 +25,8 @@ from calque.passes.lay_out_integers import LayOutIntegers
 from calque.passes.quantize_activations import QuantizeActivations
 from calque.passes.quantize_weights import QuantizeWeights
 from calque.passes.transpose_linear import TransposeLinear
-from calque.targets._exact import LEVEL_SETTING, without_rounding
+from calque.runtime.standard_session import LEVEL_SETTING
+from calque.targets._exact import without_rounding
 from calque.targets._to_onnx import to_onnx
 from calque.traced import TracedModel
 from calque.traced_session import TracedSession

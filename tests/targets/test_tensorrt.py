@@ -94,7 +94,7 @@ def test_the_wrong_kind_of_causality_is_caught_by_the_expansion(gemma: Path, mon
     """As in a file that is right for a prompt and wrong for every step after it."""
     from calque.targets import _tensorrt_table
 
-    monkeypatch.setattr(_tensorrt_table, "LOWER_RIGHT", {"causal_kind": "upper_left"})
+    monkeypatch.setattr(_tensorrt_table, "CAUSAL_KIND", "upper_left")
     with pytest.raises(ParityFailed, match="numerics failed"):
         convert(recipe(gemma, options={"sdk": "none", "attention": "trt"}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
