@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from calque.choices import QUANTIZED
 from calque.errors import ArtifactUnreadable, BuildFailed, ParityFailed
 from calque.states import StateSpec
 
@@ -225,7 +224,8 @@ def rounds_activations(artifact: Artifact) -> bool:
         return True
     # ONNX Runtime multiplies integers with rounded values unless it is told not to.
     options = artifact.recipe.get("options", {})
-    return artifact.target not in AS_WRITTEN and artifact.precision in QUANTIZED and options.get("activations", "int8") != "float32"
+    codes = artifact.passes.get("quantize_weights", 0) > 0
+    return codes and artifact.target not in AS_WRITTEN and options.get("activations", "int8") != "float32"
 
 
 def round_up(value: float) -> float:

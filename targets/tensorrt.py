@@ -137,14 +137,17 @@ class TensorRT:
 
     def finish(self, artifact: Artifact, config: PreTrainedConfig) -> tuple[Artifact, list[str]]:
         """Return the artifact with the files that build, run and check an engine beside it."""
+        import onnx_ir as ir
+
         from calque.targets._tensorrt_build import ENGINE
         from calque.targets._tensorrt_package import write_package
         from calque.targets._tensorrt_profiles import profiles
+        from calque.targets._tensorrt_table import PREFIX_ATTENTION
 
-        own = (artifact.folder / OWN).is_file()
+        own = artifact.folder / OWN
         build: dict[str, Any] = {
             "schema": 1,
-            "onnx": OWN if own else FILE,
+            "onnx": OWN if own.is_file() else FILE,
             "engine": ENGINE,
             "network_flags": ["STRONGLY_TYPED"],
             "builder_flags": [],
@@ -154,6 +157,8 @@ class TensorRT:
             "hardware_compatibility_level": "NONE",
             "compute_capabilities": [],
         }
+        if own.is_file():
+            build["attention_lengths"] = sum(node.op_type == PREFIX_ATTENTION for node in ir.load(own).graph)
         if artifact.precision in QUANTIZED:
             build["arithmetic"] = "float16"  # which limits the answers are held to
         if artifact.precision == "fp32":

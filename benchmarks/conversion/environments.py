@@ -31,6 +31,7 @@ SOURCES = {"llamacpp": Source("llama-cpp-python", "0.3.36", "-DGGML_NATIVE=ON -D
 # What decides how a conversion goes; the rest of an environment is in the requirement files beside this one.
 REPORTED = (
     "calque",
+    "tensorrt-rtx",
     "optimum-onnx",
     "optimum",
     "onnxruntime-genai",

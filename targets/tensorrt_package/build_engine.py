@@ -27,6 +27,8 @@ FOLDER = Path(__file__).resolve().parent
 SDKS = ("tensorrt", "tensorrt_rtx")
 # What a version need not have any more: 11 types every network strongly, and later ones may drop the name.
 ALWAYS_ON = ("STRONGLY_TYPED",)
+# Which input of an attention's first layer says how long keys and values are.
+LENGTHS = 6
 
 
 class Failed(Exception):
@@ -140,6 +142,22 @@ def require_in_place(found: Mapping[str, str] | None) -> None:
         raise Failed("the network does not write its states in place", lost)
 
 
+def require_lengths(trt: Any, network: Any, wanted: int) -> None:
+    """Leave quietly if so many attentions were told how many slots a row fills.
+
+    Raises:
+        Failed: a parser of before 11.1 looks for them at another place and drops them; a step would see slots that nothing was written to.
+    """
+    kind = members(trt.LayerType).get("ATTENTION_INPUT")
+    layers = [layer for i in range(network.num_layers) if (layer := network.get_layer(i)).type == kind]
+    told = sum(layer.num_inputs == LENGTHS + 1 and layer.get_input(LENGTHS) is not None for layer in layers)
+    if told < wanted:
+        raise Failed(
+            f"{told} of {wanted} attentions know their rows' lengths: TRT_Attention takes TensorRT 11.1 or later, or TensorRT-RTX 1.7",
+            ["convert with attention: standard for older ones"],
+        )
+
+
 def add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Mapping[str, Any]], log: Any) -> None:
     """``config`` knows the range of every input's shape.
 
@@ -233,6 +251,7 @@ def build_engine(trt: Any, build: Mapping[str, Any], profiles: Sequence[Mapping[
     parsed = time.perf_counter()
     pairs = aliases(trt, network)
     require_in_place(pairs)
+    require_lengths(trt, network, build.get("attention_lengths", 0))
     config = builder.create_builder_config()
     warnings = configure(trt, config, build)
     add_profiles(builder, config, network, profiles, log)

@@ -141,7 +141,7 @@ def test_ledger_that_does_not_balance_leaves_nothing(tmp_path: Path, monkeypatch
         ({"passes": ["fuse_all"]}, RecipeError, "there is no pass 'fuse_all'"),
         ({"passes": [{"cache_dynamic": {"x": 1}}]}, RecipeError, "pass cache_dynamic has no option x"),
         ({"precision": "fp8"}, Unsupported, "precision: fp8"),
-        ({"task": "image-classification"}, Unsupported, "no converter for the task 'image-classification'"),
+        ({"task": "object-detection"}, Unsupported, "no converter for the task 'object-detection'"),
         ({"parity": {"scenarios": ["single-promt"]}}, UsageError, "no model has these scenarios"),
     ],
     ids=["target", "option", "pass", "pass-option", "precision", "task", "scenario"],

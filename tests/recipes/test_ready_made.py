@@ -32,7 +32,10 @@ def test_a_recipe_makes_a_proved_artifact_of_a_small_model(path: Path, tmp_path:
     name = asked.model.rpartition("/")[2]
     artifact = convert(read_shrunken(path, tmp_path / name), tmp_path / "out")
     rows = Report.read(artifact.folder).scenarios
-    assert artifact.proof.numerics.status == artifact.proof.execution.status == "passed"
+    assert artifact.proof.numerics.status == "passed"
+    # What a GPU would have to run stays open; nothing that ran failed.
+    assert artifact.proof.execution.status == ("not_run" if asked.target == "tensorrt" else "passed")
+    assert artifact.proof.build.status != "failed"
     assert {row["status"] for row in rows} == {"passed"}
     expected = {"single-image", "batch-5-turned"} if asked.task == "image-classification" else {"ragged-left", "ragged-right"}
     assert {*expected, "batch-5", *TELLING.get(asked.model, ())} <= {row["name"] for row in rows}

@@ -12,7 +12,7 @@ import pytest
 
 from calque import pipeline
 from calque.artifact import Artifact
-from calque.errors import BuildFailed, ParityFailed, TargetUnavailable
+from calque.errors import BuildFailed, ParityFailed, TargetUnavailable, Unsupported
 from calque.pipeline import convert
 from calque.recipe import Dims, Recipe
 from calque.runtime import Decoder, open_session
@@ -92,9 +92,14 @@ def test_tensorrts_own_attention_lies_beside_its_expansion_over_the_same_weights
 
 def test_the_wrong_kind_of_causality_is_caught_by_the_expansion(gemma: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As in a file that is right for a prompt and wrong for every step after it."""
-    from calque.targets import _tensorrt_table
+    from calque.targets import _tensorrt_legality, _tensorrt_table
 
     monkeypatch.setattr(_tensorrt_table, "CAUSAL_KIND", "upper_left")
+    with pytest.raises(Unsupported, match="cannot express") as caught:
+        convert(recipe(gemma, options={"sdk": "none", "attention": "trt"}), tmp_path / "out")
+    assert "attention-causal" in caught.value.where[0]
+    # And were there no such rule:
+    monkeypatch.setattr(_tensorrt_legality, "illegal", lambda *_: [])
     with pytest.raises(ParityFailed, match="numerics failed"):
         convert(recipe(gemma, options={"sdk": "none", "attention": "trt"}), tmp_path / "out")
     assert not (tmp_path / "out").exists()

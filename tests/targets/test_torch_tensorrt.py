@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from calque.converters import encoder
+from calque.converters import causal_lm, encoder
 from calque.errors import TargetUnavailable, Unsupported, UsageError
 from calque.passes.cache_static import CacheStatic
 from calque.passes.cast_precision import CastPrecision
@@ -27,7 +27,7 @@ from calque.targets import _torch_tensorrt
 from calque.traced import TracedModel
 from calque.traced_session import TracedSession
 from tests.tiny_encoders import VOCABULARY, save_encoder
-from tests.tiny_models import traced
+from tests.tiny_models import source_of, traced
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -42,7 +42,8 @@ SHAPES = {
 
 
 def rewritten(tiny: str) -> TracedModel:
-    model = traced(tiny)
+    # Traced anew: what other tests do to a shared trace, its symbols remember.
+    model = causal_lm.trace(source_of(tiny))
     for each in (FuseRmsNorm(), FuseRotary(), CacheStatic(SLOTS), SimplifyShapes(), TransposeLinear()):
         each.apply(model)
     model.finish_rewrite()

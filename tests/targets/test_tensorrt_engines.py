@@ -1,0 +1,94 @@
+"""Engines of real models, built on the CPU by TensorRT-RTX, of files that passed the whole gate; nothing of it needs a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calque.artifact import Artifact
+from calque.pipeline import convert
+from calque.recipe import Calibration, Dims, Recipe
+from calque.validation.report import Report
+from tests.tiny_encoders import save_encoder, save_pooling
+from tests.tiny_models import TYPES, save_random
+from tests.tiny_vision import save_random as save_images
+
+pytest.importorskip("tensorrt_rtx", reason="it builds the engines: pip install 'calque[tensorrt-rtx]'")
+
+SLOTS = 40
+QUILL = "builtin:quill"
+
+
+def save_minilm(folder: Path) -> Path:
+    """A sentence encoder as all-MiniLM is one: BERT, its mean, of length 1."""
+    return save_pooling(save_encoder(folder, "bert"), "Pooling", "Normalize", pooling_mode_mean_tokens=True)
+
+
+SAVE: dict[str, Callable[[Path], Path]] = {
+    **{name: lambda folder, name=name: save_random(TYPES[name], folder) for name in ("llama", "qwen3", "gemma3_text", "phi3", "gpt2")},  # type: ignore[misc]
+    "minilm": save_minilm,
+    "vit": save_images,
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Where each model is."""
+    folder = tmp_path_factory.mktemp("models")
+    return {QUILL: QUILL, **{name: str(save(folder / name)) for name, save in SAVE.items()}}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A text to measure ranges on."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("The function returns the number of rows that were read, and raises where there is none.\n" * 20, encoding="utf-8")
+    return str(file)
+
+
+def built(model: str, folder: Path, precision: str = "fp16", **settings: Any) -> Artifact:
+    """The artifact of one conversion, its engine beside it."""
+    asked = Recipe(model=model, target="tensorrt", precision=precision, dims=_dims(model), require="build", **settings)  # type: ignore[arg-type]
+    artifact = convert(asked, folder / "out")
+    assert (artifact.proof.numerics.status, artifact.proof.build.status) == ("passed", "passed")
+    assert artifact.proof.build.by == "tensorrt-rtx"
+    assert artifact.files["model.plan"]
+    assert {row["status"] for row in Report.read(artifact.folder).scenarios} == {"passed"}
+    return artifact
+
+
+def _dims(model: str) -> Dims:
+    return Dims() if model.endswith(("minilm", "vit")) else Dims(max_length=SLOTS)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("name", [*SAVE, QUILL])
+def test_an_engine_is_built_of_what_the_gate_proved(name: str, precision: str, sources: dict[str, str], tmp_path: Path) -> None:
+    artifact = built(sources[name], tmp_path, precision)
+    measured = Report.read(artifact.folder).build
+    assert measured["plan_bytes"] == (artifact.folder / "model.plan").stat().st_size
+    assert min(measured["build_seconds"], measured["peak_rss_bytes"]) > 0
+    if artifact.states:
+        assert measured["aliases"] == {state.output: state.input for state in artifact.states}
+
+
+@pytest.mark.parametrize("precision", ["int8-static", "fp8"])
+def test_activations_are_rounded_to_ranges_of_a_text(precision: str, text: str, tmp_path: Path) -> None:
+    artifact = built(QUILL, tmp_path, precision, calibration=Calibration(text=text))
+    assert artifact.passes["quantize_activations"] > 10
+    names = {row["name"] for row in Report.read(artifact.folder).scenarios}
+    assert {"decode-16", "decode-16, activations exact"} <= names
+
+
+def test_tensorrts_own_attention_is_told_its_lengths(sources: dict[str, str], tmp_path: Path) -> None:
+    artifact = built(sources["qwen3"], tmp_path, options={"attention": "trt"})
+    assert Report.read(artifact.folder).build["onnx"] == "model.trt.onnx"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_wider_types_build(precision: str, sources: dict[str, str], tmp_path: Path) -> None:
+    built(sources["gemma3_text"], tmp_path, precision)
