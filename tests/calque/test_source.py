@@ -294,8 +294,8 @@ def test_random_weights_never_overwrite_the_models_own(model: Path) -> None:
 
 
 def test_random_weights_are_refused_when_the_model_is_no_causal_lm(tmp_path: Path) -> None:
-    CONFIG_MAPPING["clip"]().save_pretrained(tmp_path)
-    with pytest.raises(Unsupported, match="clip"):
+    CONFIG_MAPPING["detr"]().save_pretrained(tmp_path)
+    with pytest.raises(Unsupported, match="detr"):
         ModelSource.resolve(str(tmp_path), random_weights=True, scratch=tmp_path / "scratch")
 
 

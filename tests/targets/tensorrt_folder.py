@@ -11,63 +11,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from calque.artifact import Artifact
 from calque.pipeline import convert
 from calque.recipe import Dims, Parity, Recipe
-from calque.targets._tensorrt_package import write_package
 from tests.tiny_encoders import save_encoder
 from tests.tiny_models import TINY, save_random
 
 HERE = Path(__file__).parent
 SLOTS = 48
-BUILD = {
-    "schema": 1, "onnx": "model.onnx", "engine": "model.plan", "network_flags": ["STRONGLY_TYPED"], "builder_flags": [],
-    "memory_pool_limits": {}, "builder_optimization_level": 3, "profiling_verbosity": "DETAILED", "hardware_compatibility_level": "NONE",
-    "compute_capabilities": [],
-}  # fmt: skip
 
 
-def decoder(folder: Path, *scenarios: str) -> Path:
+def decoder(folder: Path, *scenarios: str, **options: str) -> Path:
     """The folder is a package of a tiny decoder in fp16, whose cache is slots; proved by those scenarios, or by all."""
     save_random(TINY["llama"], folder / "source")
-    options = {"cache": "static", "operators": "standard"}
-    parity = Parity(scenarios=scenarios) if scenarios else Parity()
-    return _package(folder, Recipe(model=str(folder / "source"), target="onnxruntime", precision="fp16", options=options,
-                                   dims=Dims(max_length=SLOTS), parity=parity))  # fmt: skip
+    return _package(folder, parity=Parity(scenarios=scenarios) if scenarios else Parity(), options=options)
 
 
 def encoder(folder: Path) -> Path:
     """The folder is a package of a tiny encoder in fp16."""
     save_encoder(folder / "source", "bert", task="text-classification")
-    return _package(
-        folder,
-        Recipe(
-            model=str(folder / "source"),
-            target="onnxruntime",
-            task="text-classification",
-            precision="fp16",
-            options={"operators": "standard"},
-        ),
-    )
+    return _package(folder, task="text-classification")
 
 
-def _package(folder: Path, recipe: Recipe) -> Path:
+def _package(folder: Path, **settings: Any) -> Path:
     out = folder / "package"
-    convert(recipe, out)
-    without_softmax_precision(out / "model.onnx")
-    write_package(out, BUILD, {"schema": 1, "profiles": [profile(out, "default", (1, 1), (5, SLOTS))]})
+    dims = Dims(batch_size=(1, 1, 5), sequence_length=(1, 1, SLOTS), max_length=SLOTS)
+    settings["options"] = {**settings.get("options", {}), "sdk": "none"}
+    convert(Recipe(model=str(folder / "source"), target="tensorrt", dims=dims, **settings), out)
     return out
-
-
-def without_softmax_precision(path: Path) -> None:
-    """The file's attention lacks the attribute that TensorRT's parser refuses."""
-    model = onnx.load(path, load_external_data=False)
-    for node in model.graph.node:
-        for attribute in [attribute for attribute in node.attribute if attribute.name == "softmax_precision"]:
-            node.attribute.remove(attribute)
-    onnx.save(model, path)
 
 
 def profile(folder: Path, name: str, low: tuple[int, int], high: tuple[int, int]) -> dict[str, Any]:

@@ -164,3 +164,17 @@ def test_strong_typing_is_asked_for_where_it_is_a_choice(script: ModuleType) -> 
     for flags, expected in ((Flags10, 0b10), (Flags12, 0)):
         trt = SimpleNamespace(NetworkDefinitionCreationFlag=flags)
         assert script.make_network(trt, builder, ["STRONGLY_TYPED"]) == expected
+
+
+def test_lengths_that_a_parser_drops_are_missed(tmp_path: Path) -> None:
+    """As releases before 11.1 drop them, which look for them at another place."""
+    pytest.importorskip(RTX)
+    folder = decoder(tmp_path, "single-prompt", attention="trt")
+    assert json.loads((folder / "build.json").read_text())["attention_lengths"] == 2
+    assert run_build(folder, RTX)["exit_code"] == 0
+    (folder / "model.plan").unlink()
+    model = onnx.load(folder / "model.trt.onnx", load_external_data=False)
+    [own, _] = [node for node in model.graph.node if node.op_type == "TRT_Attention"]
+    own.input[:] = [*own.input[:5], "", own.input[5]]
+    onnx.save(model, folder / "model.trt.onnx")
+    refused(folder, "1 of 2 attentions know their rows' lengths", "TensorRT 11.1")

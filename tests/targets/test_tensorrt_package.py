@@ -10,9 +10,14 @@ import pytest
 
 from calque import targets
 from calque.targets._tensorrt_package import run_build, run_validation, write_package
-from tests.targets.tensorrt_folder import BUILD
 
 ROOT = Path(__file__).parents[2]
+
+BUILD = {
+    "schema": 1, "onnx": "model.onnx", "engine": "model.plan", "network_flags": ["STRONGLY_TYPED"], "builder_flags": [],
+    "memory_pool_limits": {}, "builder_optimization_level": 3, "profiling_verbosity": "DETAILED", "hardware_compatibility_level": "NONE",
+    "compute_capabilities": [],
+}  # fmt: skip
 
 
 def entry(name: str, rows: int, columns: int) -> dict[str, Any]:
