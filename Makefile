@@ -34,11 +34,12 @@ demo: setup
 	$(BIN)/calque convert --target onnxruntime builtin:quill -o $(DEMO) --force
 	$(BIN)/calque generate $(DEMO) -p "$(PROMPT)" --max-new-tokens 24
 
-# Every type that transformers has for a task, shrunken, through the whole gate: half an hour on two cores; goes on where it stopped.
+# Every type that transformers has for a task, shrunken, through the whole gate: an hour on two cores; goes on where it stopped.
 # A type that fails makes the command fail, and the page shows it.
 conformance: setup
 	-$(BIN)/calque conformance --task text-generation-with-past --results docs/support.json
 	-$(BIN)/calque conformance --task fill-mask --results docs/support.json
+	-$(BIN)/calque conformance --target tensorrt --max-length 64 --results docs/targets/tensorrt-support.json
 	$(BIN)/python docs/support.py
 
 # Trains the built-in model anew, from nothing but the package index: most of an hour on one core.

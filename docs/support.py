@@ -1,21 +1,33 @@
-"""docs/support.md shows docs/support.json, the records of `calque conformance`. A test holds the two equal.
+"""docs/support.md shows docs/support.json, the records of `calque conformance`, and docs/targets/TARGET-support.md those of other targets.
 
-Run this file after a sweep; with the files of several shards as arguments, these are put together into docs/support.json first.
+Run this file after a sweep; with the files of several shards as arguments, these are put together into docs/support.json first, or after
+`--target TARGET` into that target's. A test holds pages and records equal.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from calque.conformance import STATUSES, Record, merged, read, write
 from calque.tasks import TASKS
 
-PAGE = Path(__file__).with_name("support.md")
-RESULTS = Path(__file__).with_name("support.json")
+DOCS = Path(__file__).parent
+ONNX_RUNTIME, TENSORRT = "onnxruntime", "tensorrt"
 
-OPENING = """# What converts
+STATUS_TABLE = """
+| status | meaning |
+|---|---|
+| passed | every scenario agrees with the eager model, within the limits that the last column names |
+| failed | the artifact was made and rejected |
+| unsupported | refused by name before anything was written |
+| error | upstream cannot build the type here, or its conversion crashed or hung; the text says which |
+"""
+
+OPENINGS = {
+    ONNX_RUNTIME: """# What converts
 
 <!-- Written by docs/support.py from docs/support.json; do not edit. -->
 
@@ -23,21 +35,28 @@ Every model type that transformers has for a task, made small ([calque/shrink.py
 [what single types need](../calque/shrink.yaml)), given random weights, converted to ONNX Runtime in fp32, and put through the
 whole parity gate. A name with a suffix is another form of a type. *Worst* is the largest difference from eager, in standard
 deviations of the logits; the limit grows with the layers ([tolerance.md](tolerance.md)).
-
-| status | meaning |
-|---|---|
-| passed | every scenario agrees with the eager model, within the limits that the last column names |
-| failed | the artifact was made and rejected |
-| unsupported | refused by name before anything was written |
-| error | upstream cannot build the type here, or its conversion crashed or hung; the text says which |
-
+{statuses}
 ```bash
 calque conformance --results docs/support.json && python docs/support.py
 calque conformance --shard 1/4 --results shard-1.json   # in parallel; then: python docs/support.py shard-*.json
 ```
 
 A type is run again only when its small config, the versions or Calque's own code have changed; `--again failed,error` asks for more.
-"""
+""",
+    TENSORRT: """# What converts to TensorRT
+
+<!-- Written by docs/support.py from docs/targets/tensorrt-support.json; do not edit. -->
+
+The types of [support.md](../support.md), small and with random weights, converted for TensorRT in fp16 with 64 slots: held against
+the static rules, put through the whole parity gate in ONNX Runtime, and built by TensorRT-RTX on the CPU. *Build* is the builder's
+verdict; no engine was run. Mixtures of experts may fail in fp16: at a near tie, which random weights have many of, rounding sends a
+token to another expert.
+{statuses}
+```bash
+calque conformance --target tensorrt --max-length 64 --results docs/targets/tensorrt-support.json && python docs/support.py
+```
+""",
+}
 
 # The records hold more of an error's text.
 SHOWN_LINES, SHOWN_WIDTH = 3, 180
@@ -50,10 +69,21 @@ LIMITS = {
 }
 
 
-def page(tasks: dict[str, dict[str, Record]]) -> str:
+def results_of(target: str) -> Path:
+    """Return the file with a target's records."""
+    return DOCS / "support.json" if target == ONNX_RUNTIME else DOCS / "targets" / f"{target}-support.json"
+
+
+def page_of(target: str) -> Path:
+    """Return the page that shows a target's records."""
+    return results_of(target).with_suffix(".md")
+
+
+def page(target: str, tasks: dict[str, dict[str, Record]]) -> str:
     """Return the whole page."""
     ordered = {task: tasks[task] for task in TASKS if task in tasks}
-    return "\n".join([OPENING, _counts(ordered), *(_section(task, records) for task, records in ordered.items())])
+    opening = OPENINGS[target].format(statuses=STATUS_TABLE)
+    return "\n".join([opening, _counts(ordered), *(_section(task, records) for task, records in ordered.items())])
 
 
 def _counts(tasks: dict[str, dict[str, Record]]) -> str:
@@ -69,12 +99,13 @@ def _counts(tasks: dict[str, dict[str, Record]]) -> str:
 
 
 def _section(task: str, records: dict[str, Record]) -> str:
-    rows = [f"| {' | '.join(_cells(name, record))} |" for name, record in records.items()]
-    head = "| type | status | worst | model | limits, or what says no |"
-    return "\n".join([f"## {task}", "", head, "|---|---|---|---|---|", *rows, ""])
+    built = any("build" in record for record in records.values())
+    heads = ["type", "status", "worst", *(["build"] if built else []), "model", "limits, or what says no"]
+    rows = [f"| {' | '.join(_cells(name, record, built))} |" for name, record in records.items()]
+    return "\n".join([f"## {task}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows, ""])
 
 
-def _cells(name: str, record: Record) -> list[str]:
+def _cells(name: str, record: Record, built: bool) -> list[str]:
     worst = record.get("worst_sigma")
     limits = ", ".join(LIMITS[key](value) for key, value in record.get("limits", {}).items())
     said = record.get("error", limits or "none")
@@ -82,6 +113,7 @@ def _cells(name: str, record: Record) -> list[str]:
         f"`{name}`",
         record["status"],
         "" if worst is None else f"{worst:.1e} σ",
+        *([record.get("build", "").replace("_", " ")] if built else []),
         ", ".join(record.get("features", [])),
         "<br>".join(_escaped(line) for line in said.splitlines()[:SHOWN_LINES]),
     ]
@@ -94,7 +126,14 @@ def _escaped(line: str) -> str:
     return line.strip()
 
 
+def main(arguments: Sequence[str]) -> None:
+    """Write the pages, of records that are put together first where files of shards are named."""
+    target, shards = (arguments[1], arguments[2:]) if arguments[:1] == ["--target"] else (ONNX_RUNTIME, arguments)
+    if shards:
+        write(results_of(target), merged([Path(shard) for shard in shards]))
+    for name in OPENINGS:
+        page_of(name).write_text(page(name, read(results_of(name))), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    if shards := [Path(argument) for argument in sys.argv[1:]]:
-        write(RESULTS, merged(shards))
-    PAGE.write_text(page(read(RESULTS)), encoding="utf-8")
+    main(sys.argv[1:])

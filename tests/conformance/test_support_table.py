@@ -14,8 +14,10 @@ from tests.tiny_models import TYPES
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "support.json"
+TENSORRT = ROOT / "docs" / "targets" / "tensorrt-support.json"
 CAUSAL = "text-generation-with-past"
 FEWEST = 145
+FEWEST_ENGINES = 100
 
 # One type for each thing that is done for more than one: the whole sweep takes too long to run each time.
 SUBSET = ("bart", "deepseek_v2", "falcon-alibi", "gemma4_unified", "gpt_neo", "llama4_text", "mpt", "mamba")
@@ -34,9 +36,17 @@ def recorded(task: str = CAUSAL) -> dict[str, Record]:
     return read(RESULTS)[task]
 
 
-def test_the_support_page_is_what_the_records_say() -> None:
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_a_support_page_is_what_the_records_say(target: str) -> None:
     page = support()
-    assert page.PAGE.read_text(encoding="utf-8") == page.page(read(RESULTS)), "run docs/support.py"
+    assert page.page_of(target).read_text(encoding="utf-8") == page.page(target, read(page.results_of(target))), "run docs/support.py"
+
+
+def test_at_least_as_many_types_become_engines_as_ever() -> None:
+    records = read(TENSORRT)[CAUSAL]
+    assert sorted(records) == sorted(names_of(tasks.find(CAUSAL)))
+    assert sum(record["status"] == "passed" and record["build"] == "passed" for record in records.values()) >= FEWEST_ENGINES
+    assert [name for name, record in records.items() if (record["status"] == "passed") == bool(record.get("error", "").strip())] == []
 
 
 @pytest.mark.parametrize("task", sorted(read(RESULTS)))
