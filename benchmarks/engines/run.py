@@ -29,7 +29,7 @@ PRECISIONS = {"fp16": [], "int8": [], "int8-static": ["--calibration", str(TEXT)
               "fp8, calibrated": ["--calibration", str(TEXT)], "fp16, attention=trt": ["--set", "attention=trt"]}  # fmt: skip
 GENERATORS_ALONE = ("fp16, attention=trt",)
 UNCALIBRATED = ("vit",)
-HEAD = ("model", "precision", "proved by", "worst |Δ|/σ", "build", "build s", "engine", "builder's memory", "whole conversion s")
+HEAD = ("model", "precision", "proved by", "worst, σ", "build", "build s", "engine", "builder's memory", "whole conversion s")
 
 TITLE = "Engines built on the CPU"
 NOTES = (
