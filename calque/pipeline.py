@@ -65,7 +65,7 @@ def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Callabl
             gate.judge_weights(model, stages)  # what it promotes is stored in more bits
             artifact, report = emit(conversion, model, folder, stages)
             proof, report = prove(conversion, artifact, report, Path(scratch), stages)
-            proof, report = build(conversion, artifact, proof, report, stages)
+            artifact, proof, report = build(conversion, artifact, proof, report, stages)
             proof = gate.judge_artifact(artifact, proof, stages)
         if proof.numerics.status == "not_run":
             raise Unsupported("nothing could be proved, so nothing was written", [proof.numerics.reason or ""], "choose scenarios that run")
@@ -193,18 +193,19 @@ def prove_by_blocks(conversion: Conversion, artifact: Artifact, report: Report, 
     return proof, replace(report, scenarios=tuple(rows)).noted(note)
 
 
-def build(conversion: Conversion, artifact: Artifact, proof: Proof, report: Report, stages: Stages) -> tuple[Proof, Report]:
-    """Return the proof with what the runtime's builder, and its device where there is one, said of an artifact whose numbers are right."""
+def build(conversion: Conversion, artifact: Artifact, proof: Proof, report: Report, stages: Stages) -> tuple[Artifact, Proof, Report]:
+    """Return all three with what the runtime's builder, and its device where there is one, said of an artifact whose numbers are right."""
     target = conversion.target
     if not isinstance(target, targets.Builds):
-        return proof, report
+        return artifact, proof, report
     if proof.numerics.status != "passed":
         left_out = Check("not_run", None, "its numbers are not right")
-        return replace(proof, build=left_out, execution=left_out), report
+        return artifact, replace(proof, build=left_out, execution=left_out), report
     with stages("build"):
         built = target.build(artifact, conversion.rewritten, conversion.room())
+    artifact = replace(artifact, tools={**artifact.tools, **built.tools})
     proof = replace(proof, build=built.build, execution=built.execution, failures=(*proof.failures, *built.failures))
-    return proof, replace(report, build=built.measured).noted(*built.notes)
+    return artifact, proof, replace(report, build=built.measured).noted(*built.notes)
 
 
 def tool_versions() -> dict[str, str]:

@@ -125,6 +125,7 @@ class Built:
     """What came of building an artifact for its runtime, and of running what was built on the runtime's device.
 
     ``measured``: seconds, bytes and what else was found out, for report.json. ``notes``: sentences that the user should know.
+    ``tools``: the versions that what was built depends on, by package.
     """
 
     build: Check
@@ -132,6 +133,7 @@ class Built:
     failures: tuple[str, ...] = ()
     measured: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    tools: Mapping[str, str] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ import ctypes
 import json
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,8 @@ Sdk = Literal["auto", "tensorrt", "tensorrt-rtx", "none"]
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 DATA, ENGINE = "model.onnx.data", "model.plan"
 VIA = "torch-tensorrt"
+# What run_engine.py ends with where no SDK, no GPU, or none that can load the engine is here.
+NOTHING_RAN = 5
 INSTALL = "pip install 'calque[tensorrt-rtx]' builds engines without a GPU; run build_engine.py where TensorRT is"
 NO_GPU = "no GPU is here; run_engine.py runs the engine on one and compares it with reference/"
 # The builder itself, and how often the weights are in memory while it works: measured on 135M to 1.2B parameters.
@@ -62,20 +65,23 @@ def build_traced(artifact: Artifact, load: Callable[[], TracedModel]) -> Built:
     begun = time.monotonic()
     _torch_tensorrt.build(load(), artifact.folder / ENGINE, profile["shapes"])
     seconds, written = time.monotonic() - begun, (artifact.folder / ENGINE).stat().st_size
-    found = {"sdk": VIA, "build_seconds": seconds, "plan_bytes": written}
+    found = {"sdk": VIA, "version": version(VIA), "build_seconds": seconds, "plan_bytes": written}
     return _executed(artifact, VIA, found, f"Built by {VIA} from the traced program in {seconds:.1f} s: {ENGINE}, {size(written)}.")
 
 
 def _executed(artifact: Artifact, by: str, found: Mapping[str, Any], said: str) -> Built:
     """Return an engine's build, and whether it gives the eager model's answers on the GPU of this machine."""
+    tools = {by: str(found["version"])}
     if not has_gpu():
-        return Built(Check("passed", by), Check("not_run", by, NO_GPU), (), found, (said,))
+        return Built(Check("passed", by), Check("not_run", by, NO_GPU), (), found, (said,), tools)
     from calque.targets._tensorrt_package import run_validation
 
     ran = run_validation(artifact.folder)
+    if ran["exit_code"] == NOTHING_RAN:
+        return Built(Check("passed", by), Check("not_run", by, str(ran["error"])), (), found, (said,), tools)
     failures = (f"execution: {ran['error']}",) if "error" in ran else ()
     execution = Check("failed", by, str(ran["error"])) if failures else Check("passed", by, worst=round_up(ran["max_sigma"]))
-    return Built(Check("passed", by), execution, failures, {**found, "execution": ran}, (said,))
+    return Built(Check("passed", by), execution, failures, {**found, "execution": ran}, (said,), tools)
 
 
 def chosen(sdk: Sdk) -> tuple[str, str]:

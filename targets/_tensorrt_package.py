@@ -32,6 +32,15 @@ TRTEXEC_FLAGS = {
     "EXCLUDE_LEAN_RUNTIME": "--excludeLeanRuntime", "WEIGHT_STREAMING": "--allowWeightStreaming", "SPARSE_WEIGHTS": "--sparsity=enable",
     "GPU_FALLBACK": "--allowGPUFallback", "MONITOR_MEMORY": "--monitorMemory",
 }  # fmt: skip
+# Runs a script that ends with the process that waits for it: 1 is PR_SET_PDEATHSIG of Linux, 9 the signal that kills.
+ALONE = """import ctypes, runpy, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 9)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# How often it is looked whether a script has ended.
+SECONDS = 0.2
 TRTEXEC_LEVELS = {"AMPERE_PLUS": "ampere+", "SAME_COMPUTE_CAPABILITY": "sameComputeCapability"}
 
 
@@ -105,10 +114,8 @@ def run_validation(folder: Path, sdk: str | None = None, engine: Path | None = N
 
 def _said(script: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """Return the last line that a script prints, an object, with its exit code."""
-    command = [sys.executable, script.name, *arguments, "--json"]
-    ended = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, check=False, encoding="utf-8", errors="replace")
-    code = ended.returncode
-    lines = ended.stdout.strip().splitlines()
+    code, stdout, stderr = _run([sys.executable, "-c", ALONE, script.name, *arguments, "--json"], script.parent)
+    lines = stdout.strip().splitlines()
     try:
         said = json.loads(lines[-1])
         if not isinstance(said, dict):
@@ -117,5 +124,21 @@ def _said(script: Path, arguments: Sequence[str]) -> dict[str, Any]:
         what = (
             f"killed by {signal.Signals(-code).name}" if code < 0 else f"{script.name} ended with {code} and said nothing that can be read"
         )
-        said = {"error": what, "problems": [line for line in ended.stderr.strip().splitlines()[-20:] if line.strip()]}
+        said = {"error": what, "problems": [line for line in stderr.strip().splitlines()[-20:] if line.strip()]}
     return {**said, "exit_code": code}
+
+
+def _run(command: Sequence[str], folder: Path) -> tuple[int, str, str]:
+    """Return exit code, stdout and stderr; no process is left behind, however this one ends."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace")
+    try:
+        while True:
+            try:
+                stdout, stderr = process.communicate(timeout=SECONDS)
+                return process.returncode, stdout, stderr
+            except subprocess.TimeoutExpired:
+                continue  # what was raised in this thread meanwhile, as where memory passes its ceiling, is heard here
+    finally:
+        process.kill()
+        process.wait()

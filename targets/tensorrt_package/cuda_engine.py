@@ -180,7 +180,8 @@ class Engine:
         self.runtime = trt.Runtime(self.log)
         self.engine: Any = self.runtime.deserialize_cuda_engine(plan.read_bytes())
         if self.engine is None:
-            raise Failed(f"{plan.name} cannot be loaded: it belongs to the SDK, version and GPU that built it", list(self.log.errors))
+            # No fault of its numbers: nothing was run.
+            raise Failed(f"{plan.name} cannot be loaded: it belongs to the SDK, version and GPU that built it", list(self.log.errors), 5)
         self._require_io(trt)
         self.own_graphs = hasattr(trt, "CudaGraphStrategy")  # TensorRT-RTX captures and replays by itself
         self.graphs, self.graph, self.why_no_graph = graphs and bool(self.states), 0, ""

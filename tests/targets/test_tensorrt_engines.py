@@ -55,6 +55,7 @@ def built(model: str, folder: Path, precision: str = "fp16", **settings: Any) ->
     artifact = convert(asked, folder / "out")
     assert (artifact.proof.numerics.status, artifact.proof.build.status) == ("passed", "passed")
     assert artifact.proof.build.by == "tensorrt-rtx"
+    assert artifact.tools["tensorrt-rtx"].startswith("1.")
     assert artifact.files["model.plan"]
     assert {row["status"] for row in Report.read(artifact.folder).scenarios} == {"passed"}
     return artifact

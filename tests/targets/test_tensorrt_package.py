@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from calque import targets
+from calque import ceiling, targets
+from calque.errors import WontFit
 from calque.targets._tensorrt_package import run_build, run_validation, write_package
 
 ROOT = Path(__file__).parents[2]
@@ -91,3 +96,46 @@ def test_both_scripts_are_run_in_their_folder_with_what_is_asked(tmp_path: Path)
     assert said["cwd"] == str(tmp_path)
     assert said["argv"] == ["build_engine.py", "--sdk=tensorrt_rtx", "--threads=2", "--engine=a.plan", "--json"]
     assert run_validation(tmp_path)["argv"] == ["run_engine.py", "--json"]
+
+
+SLEEPS = "import os, pathlib, time; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(60)"
+
+
+def started(folder: Path) -> int:
+    """The process of the folder's script, once it runs."""
+    for _ in range(200):
+        if (folder / "pid").is_file() and (text := (folder / "pid").read_text()):
+            return int(text)
+        time.sleep(0.05)
+    pytest.fail("the script did not start")
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, a moment being given to it."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_builder_ends_with_the_process_that_waits_for_it(tmp_path: Path) -> None:
+    (tmp_path / "build_engine.py").write_text(SLEEPS)
+    waiting = "import sys; from pathlib import Path; from calque.targets._tensorrt_package import run_build; run_build(Path(sys.argv[1]))"
+    process = subprocess.Popen([sys.executable, "-c", waiting, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    builder = started(tmp_path)
+    process.kill()
+    process.wait()
+    assert gone(builder)
+
+
+def test_a_builder_is_ended_where_waiting_for_it_is(tmp_path: Path) -> None:
+    """As where memory passes its ceiling, which is raised in the thread that waits."""
+    (tmp_path / "build_engine.py").write_text(SLEEPS)
+    with pytest.raises(WontFit), ceiling.under(1, lambda: "build"):
+        run_build(tmp_path)
+    if (tmp_path / "pid").is_file():
+        assert gone(int((tmp_path / "pid").read_text()))
