@@ -130,15 +130,14 @@ def _said(script: Path, arguments: Sequence[str]) -> dict[str, Any]:
 
 def _run(command: Sequence[str], folder: Path) -> tuple[int, str, str]:
     """Return exit code, stdout and stderr; no process is left behind, however this one ends."""
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace")
-    try:
-        while True:
-            try:
-                stdout, stderr = process.communicate(timeout=SECONDS)
-                return process.returncode, stdout, stderr
-            except subprocess.TimeoutExpired:
-                continue  # what was raised in this thread meanwhile, as where memory passes its ceiling, is heard here
-    finally:
-        process.kill()
-        process.wait()
+    told: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=folder, encoding="utf-8", errors="replace", **told) as process:
+        try:
+            while True:
+                try:
+                    stdout, stderr = process.communicate(timeout=SECONDS)
+                    return process.returncode, stdout, stderr
+                except subprocess.TimeoutExpired:
+                    continue  # what was raised in this thread meanwhile, as where memory passes its ceiling, is heard here
+        finally:
+            process.kill()
