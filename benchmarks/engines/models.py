@@ -27,7 +27,22 @@ class Model:
         if self.save is None:
             return [BUILT_IN]
         self.save(folder)
+        if self.task != CLASSIFICATION:
+            save_tokenizer(folder)
         return [str(folder / "config.json"), "--random-weights", "--task", self.task]
+
+
+def save_tokenizer(folder: Path) -> None:
+    """The folder holds a tokenizer of single printable characters, which the smallest vocabulary has room for."""
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+
+    characters = [chr(code) for code in range(32, 127)]
+    # The first ids are those of marks.
+    tokenizer = Tokenizer(WordLevel({"?" * 3: 4, **{character: 5 + at for at, character in enumerate(characters)}}, unk_token="?" * 3))
+    tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def shrunken(model_type: str) -> Callable[[Path], object]:
