@@ -37,7 +37,8 @@ TITLE = "Engines built on the CPU"
 NOTES = (
     "Each model went through the whole gate on the exact `model.onnx` in ONNX Runtime, and was then built by TensorRT-RTX on the CPU; no "
     "engine was run. Models are small ones of their type with random weights, MiniLM-L6 and S of the sizes that were released, quill the "
-    "built-in one. Caches have 64 slots, that of S 512. Where activations are rounded, *worst* is that of the same file without rounding, *rounded* with it."
+    "built-in one. Caches have 64 slots, that of S 512. Where activations are rounded, *worst* is that of the same file without rounding, "
+    "*rounded* with it."
 )
 
 Row = dict[str, Any]
