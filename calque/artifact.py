@@ -17,6 +17,8 @@ from calque.states import StateSpec
 SCHEMA = 1
 MANIFEST = "manifest.json"
 REPORT = "report.json"
+# What a builder makes of the artifact. It belongs to a device, and the artifact's own script makes it anew there: no manifest lists it.
+ENGINE = "model.plan"
 
 # The optional input that says how many last positions get logits; 0 means all.
 NUM_LOGITS_TO_KEEP = "num_logits_to_keep"
@@ -268,8 +270,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def unlisted_files(folder: Path, listed: Iterable[str]) -> list[str]:
-    """Return the files in an artifact's folder that are neither its own two nor among those its manifest lists."""
-    known = {*listed, MANIFEST, REPORT}
+    """Return the files in an artifact's folder that are neither among those its manifest lists nor those that none lists."""
+    known = {*listed, MANIFEST, REPORT, ENGINE}
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     return [name for name in found if name not in known]
 

@@ -53,7 +53,7 @@ def open_target(recipe: Recipe) -> Target:
         Unsupported: settings that this version, or the target, cannot follow.
     """
     target = targets.make(recipe.target, recipe.options)
-    targets.require(target)
+    targets.require(target, recipe.require)
     if recipe.parity.scenarios != "all" and (unknown := scenarios.unknown(recipe.parity.scenarios)):
         lines = [f"{name}{hint}" for name, hint in unknown.items()]
         raise UsageError("no model has these scenarios", lines, "parity: {scenarios: all} runs those that the model has")

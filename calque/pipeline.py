@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from calque import __version__, ceiling, facts, memory_plan, passes, plugins, preflight, targets
-from calque.artifact import MANIFEST, REPORT, Artifact, Check, Proof, file_sha256
+from calque.artifact import ENGINE, MANIFEST, REPORT, Artifact, Check, Proof, file_sha256
 from calque.checkpoint import read_json
 from calque.companions import CONFIG, licence_note
 from calque.console import size
@@ -227,10 +227,10 @@ def copy_companions(source: ModelSource, folder: Path) -> list[str]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file of the artifact but the manifest itself and the report, which holds measurements."""
+    """Return the sha256 of every file of the artifact but the manifest itself, the report, which holds measurements, and an engine."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder).as_posix(): path for path in files}
-    return {name: file_sha256(path) for name, path in names.items() if name not in (MANIFEST, REPORT)}
+    return {name: file_sha256(path) for name, path in names.items() if name not in (MANIFEST, REPORT, ENGINE)}
 
 
 def require(recipe: Recipe, proof: Proof) -> None:
@@ -274,6 +274,8 @@ def plan(recipe: Recipe, progress: Callable[[str], None] = silent) -> dict[str, 
         needs = preflight.sizes(model, beside, working, preflight.mapped_bytes(source), block)
         if isinstance(target, targets.Builds):
             needs["peak_memory_bytes"]["build"] = preflight.TOOLS_BYTES + target.builder_bytes(needs["weights_bytes"])
+            needs["built_bytes"] = needs["weights_bytes"]  # about: it has them all
+            needs.pop("decode_tokens_per_s_at_best", None)  # which is by this machine's memory, and not a device's
     return {
         "model": source.id,
         "target": recipe.target,

@@ -349,7 +349,8 @@ def _refusal(error: BaseException | None) -> OSError | None:
 
 def _is_short_write(error: OSError) -> bool:
     """Return whether numpy says that not all bytes of an array reached the file: it drops the system's reason, a full disk or a limit."""
-    return error.errno is None and bool(re.fullmatch(r"\d+ requested and \d+ written", str(error)))
+    said = r"\d+ requested and \d+ written|Not enough free space to write \d+ bytes.*"
+    return error.errno is None and bool(re.fullmatch(said, str(error)))
 
 
 def _is_staged(path: Path) -> bool:

@@ -84,7 +84,7 @@ def _encoded(folder: Path, text: str, trust_remote_code: bool) -> tuple[list[int
     """Return the tokens of a text, and those that the model's tokenizer puts before and after one."""
     tokenizer = load(folder, trust_remote_code)
     if tokenizer is None:
-        raise UsageError(f"a text was given, and {folder.name} has no tokenizer", fix="leave the text out")
+        raise UsageError("a text was given, and the model has no tokenizer", fix="leave the text out")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     plain, whole = tokenizer.encode(PROBE, add_special_tokens=False).ids, tokenizer.encode(PROBE).ids

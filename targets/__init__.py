@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from calque.artifact import Artifact, Check, GraphSpec, Limits
+    from calque.choices import Requirement
     from calque.passes import Pass
     from calque.session import Session
     from calque.traced import TracedModel
@@ -42,7 +43,7 @@ class Problem:
     def __str__(self) -> str:
         """Return the problem as one line."""
         where = " ".join(part for part in (self.module, self.source) if part)
-        return f"{self.node}: {self.why} ({where})"
+        return f"{self.node}: {self.why}" + (f" ({where})" if where else "")
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ class Built:
 class Builds(Protocol):
     """A target whose runtime makes something of the artifact before it runs it, perhaps with what is not on this machine."""
 
-    def require(self) -> None:
-        """Leave quietly if what the options ask for by name is here.
+    def require(self, needed: Requirement | None) -> None:
+        """Leave quietly if what the options ask for by name is here, and what builds or runs the artifact where that is needed.
 
         Raises:
             TargetUnavailable: it is not; said before any work.
@@ -165,14 +166,14 @@ def exact(target: Target, artifact: Artifact, threads: int = 0) -> Session | Non
     return target.exact(artifact, threads) if isinstance(target, Rounds) else None
 
 
-def require(target: Target) -> None:
-    """Leave quietly if what the target's options ask for by name is here.
+def require(target: Target, needed: Requirement | None) -> None:
+    """Leave quietly if what the target's options ask for by name is here, and what builds or runs the artifact where that is needed.
 
     Raises:
         TargetUnavailable: it is not.
     """
     if isinstance(target, Builds):
-        target.require()
+        target.require(needed)
 
 
 def layouts(target: Target, precision: str) -> tuple[str, ...]:

@@ -10,8 +10,9 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
-from calque.artifact import Artifact, Check, round_up
+from calque.artifact import ENGINE, Artifact, Check, round_up
 from calque.console import size
+from calque.errors import TargetUnavailable, WontFit
 from calque.targets import Built
 
 if TYPE_CHECKING:
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
 Sdk = Literal["auto", "tensorrt", "tensorrt-rtx", "none"]
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-DATA, ENGINE = "model.onnx.data", "model.plan"
+DATA = "model.onnx.data"
 VIA = "torch-tensorrt"
 # What run_engine.py ends with where no SDK, no GPU, or none that can load the engine is here.
 NOTHING_RAN = 5
-INSTALL = "pip install 'calque[tensorrt-rtx]' builds engines without a GPU; run build_engine.py where TensorRT is"
+# And build_engine.py where the plan has no room.
+DISK_FULL = 6
+INSTALL = "pip install tensorrt-rtx brings one that needs no GPU; or run build_engine.py where TensorRT is"
 NO_GPU = "no GPU is here; run_engine.py runs the engine on one and compares it with reference/"
 # The builder itself, and how often the weights are in memory while it works: measured on 135M to 1.2B parameters.
 BUILDER_BYTES, WEIGHT_COPIES = 300 << 20, 5
@@ -47,6 +50,11 @@ def build(artifact: Artifact, sdk: Sdk, room: int | None) -> Built:
     from calque.targets._tensorrt_package import run_build
 
     found = run_build(artifact.folder, MODULES[by])
+    if found["exit_code"] == DISK_FULL:
+        raise WontFit(
+            f"the disk that holds {artifact.folder.parent} is full", [str(found["error"])], "free some space, or name another with -o"
+        )
+    found["engine"] = ENGINE  # and not where the folder lies while it is made
     if "error" in found:
         lines = (str(found["error"]), *map(str, found.get("problems", ())))
         return Built(
@@ -90,12 +98,25 @@ def chosen(sdk: Sdk) -> tuple[str, str]:
         return "", "the option sdk: none builds nothing here"
     here = {name: find_spec(module) is not None for name, module in MODULES.items()}
     if sdk != "auto":
-        return (sdk, "") if here[sdk] else ("", f"{sdk} is not installed: pip install 'calque[{sdk}]'")
+        return (sdk, "") if here[sdk] else ("", f"{sdk} is not installed: pip install {sdk}")
     if here["tensorrt"] and has_gpu():
         return "tensorrt", ""
     if here["tensorrt-rtx"]:
         return "tensorrt-rtx", ""
     return "", f"no builder is here: {INSTALL}"
+
+
+def require(sdk: Sdk, needed: str | None) -> None:
+    """Leave quietly if what is needed, a build or an execution, can be had on this machine.
+
+    Raises:
+        TargetUnavailable: it cannot.
+    """
+    by, why = chosen(sdk)
+    if needed and not by:
+        raise TargetUnavailable(f"--require {needed}: nothing here builds an engine", [why], INSTALL)
+    if needed == "execution" and not has_gpu():
+        raise TargetUnavailable("--require execution: no GPU is here", fix="convert on a machine with one, or run run_engine.py there")
 
 
 def has_gpu() -> bool:

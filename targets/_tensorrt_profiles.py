@@ -17,7 +17,8 @@ Sizes = dict[str, tuple[int, int, int]]
 def profiles(artifact: Artifact, count: Literal["one", "two"]) -> dict[str, Any]:
     """Return what profiles.json holds: a profile for every call, or one for prompts and one for single steps.
 
-    Sizes are those of the recipe's ``dims``. No call is longer than ``limits.max_length``, which is how many slots there are: TensorRT
+    Sizes are those of the recipe's ``dims``, but for the smallest, which is 1: any engine takes a row alone, and a step of one token, as
+    decoding is and the proof asks for. No call is longer than ``limits.max_length``, which is how many slots there are: TensorRT
     drops what is written past them without a word.
     """
     sizes = _sizes(artifact)
@@ -33,7 +34,7 @@ def profiles(artifact: Artifact, count: Literal["one", "two"]) -> dict[str, Any]
 
 def _sizes(artifact: Artifact) -> Sizes:
     dims: Mapping[str, Any] = artifact.recipe["dims"]
-    batch, sequence = tuple(dims["batch_size"]), tuple(dims["sequence_length"])
+    batch, sequence = (1, *dims["batch_size"][1:]), (1, *dims["sequence_length"][1:])
     longest = artifact.limits.max_length
     if longest is not None:
         sequence = tuple(min(size, longest) for size in sequence)

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from calque.artifact import NUM_LOGITS_TO_KEEP, Artifact, GraphSpec, rounds_activations
-from calque.choices import NARROW, QUANTIZED
+from calque.artifact import ENGINE, NUM_LOGITS_TO_KEEP, Artifact, GraphSpec, rounds_activations
+from calque.choices import NARROW, QUANTIZED, Requirement
 from calque.errors import TargetUnavailable
 from calque.passes import Pass
+from calque.runtime.standard_session import OWN
 from calque.targets import Built, Emitted, Problem, optional_rows, package_rows
 from calque.threads import one_thread
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from calque.session import Session
     from calque.traced import TracedModel
 
-FILE, DATA, OWN = "model.onnx", "model.onnx.data", "model.trt.onnx"
+FILE, DATA = "model.onnx", "model.onnx.data"
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,19 @@ class TensorRT:
     name: ClassVar[str] = "tensorrt"
     precisions: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32", "int8", "int8-static", "int4", "fp8")
 
-    def require(self) -> None:
-        """Leave quietly if what the options ask for is here.
+    def require(self, needed: Requirement | None) -> None:
+        """Leave quietly if what the options ask for is here, and what builds and runs engines where these are needed.
 
         Raises:
-            TargetUnavailable: torch-tensorrt, or a GPU for it, is not.
+            TargetUnavailable: it is not.
         """
+        from calque.targets import _tensorrt_build
+
         if self.via == "torch-tensorrt":
             from calque.targets import _torch_tensorrt
 
-            _torch_tensorrt.require()
+            return _torch_tensorrt.require()
+        _tensorrt_build.require(self.sdk, needed)
 
     def passes(self, precision: str) -> tuple[Pass, ...]:
         """Return the passes of this target, in order."""
@@ -121,8 +125,9 @@ class TensorRT:
         import onnx_ir as ir
 
         from calque.targets._tensorrt_expand import expand
+        from calque.targets._tensorrt_table import PREFIX_ATTENTION
 
-        own = self.attention == "trt"
+        own = any(node.op_type == PREFIX_ATTENTION for node in lowered.graph)
         with one_thread():
             ir.save(lowered, folder / (OWN if own else FILE), external_data=DATA)
             if own:
@@ -139,7 +144,6 @@ class TensorRT:
         """Return the artifact with the files that build, run and check an engine beside it."""
         import onnx_ir as ir
 
-        from calque.targets._tensorrt_build import ENGINE
         from calque.targets._tensorrt_package import write_package
         from calque.targets._tensorrt_profiles import profiles
         from calque.targets._tensorrt_table import PREFIX_ATTENTION
@@ -164,7 +168,19 @@ class TensorRT:
         if artifact.precision == "fp32":
             build["cleared_builder_flags"] = ["TF32"]  # which the builder allows by itself: 10 bits of a product's 23
         write_package(artifact.folder, build, profiles(artifact, self.profiles))
-        return artifact, []
+        return artifact, self._without_effect(own.is_file(), bool(artifact.states))
+
+    def _without_effect(self, own: bool, generates: bool) -> list[str]:
+        """Return a sentence for each option that changes nothing of this model."""
+        said = []
+        if self.attention == "trt" and not own:
+            said.append(
+                "attention: trt changes nothing here: no attention has a mask that is a causal prefix of slots, and heads and a type that "
+                "TensorRT has a kernel for."
+            )
+        if self.profiles == "two" and not generates:
+            said.append("profiles: two changes nothing here: a model without a cache has no single steps.")
+        return said
 
     def open(self, artifact: Artifact, threads: int = 0) -> Session:
         """Return a session of ONNX Runtime on this machine's CPU over model.onnx.

@@ -7,12 +7,13 @@
     python build_engine.py --engine /tmp/a.plan --level 5 --flag VERSION_COMPATIBLE
 
 Needs Python 3.10 and `tensorrt` (10.12 or later) or `tensorrt_rtx`, nothing else. TensorRT-RTX builds without a GPU.
-Exit code 0: built; 1: refused by the parser or the builder, with everything they said; 5: no SDK.
+Exit code 0: built; 1: refused by the parser or the builder, with everything they said; 5: no SDK; 6: no room for the plan.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
 import os
@@ -27,6 +28,7 @@ FOLDER = Path(__file__).resolve().parent
 SDKS = ("tensorrt", "tensorrt_rtx")
 # What a version need not have any more: 11 types every network strongly, and later ones may drop the name.
 ALWAYS_ON = ("STRONGLY_TYPED",)
+NEEDED = {"build.json": ("onnx", "engine"), "profiles.json": ("profiles",)}
 # Which input of an attention's first layer says how long keys and values are.
 LENGTHS = 6
 
@@ -37,6 +39,23 @@ class Failed(Exception):
     def __init__(self, what: str, problems: Sequence[str] = (), code: int = 1) -> None:
         super().__init__(what)
         self.problems, self.code = list(problems), code
+
+
+def read(name: str) -> dict[str, Any]:
+    """Return the object in a file of this folder.
+
+    Raises:
+        Failed: it is not there, or is no object of the format that this script knows.
+    """
+    try:
+        found = json.loads((FOLDER / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Failed(f"{name} cannot be read: {error}", ["copy the whole folder again, or convert the model again"]) from error
+    if not isinstance(found, dict) or found.get("schema") != 1:
+        raise Failed(f"{name} is no file of schema 1", ["this script belongs to the folder that it was written with"])
+    if missing := [key for key in NEEDED[name] if not found.get(key)]:
+        raise Failed(f"{name} lacks {', '.join(missing)}", ["copy the whole folder again, or convert the model again"])
+    return found
 
 
 def load_sdk(names: Sequence[str]) -> Any:
@@ -103,6 +122,8 @@ def parse(trt: Any, network: Any, log: Any, path: Path) -> None:
     """
     if not path.is_file():
         raise Failed(f"{path} is not there")
+    if not (data := path.with_name("model.onnx.data")).is_file():
+        raise Failed(f"{data} is not there, and the weights are in it", ["copy the whole folder again"])
     parser = trt.OnnxParser(network, log)
     if parser.parse_from_file(str(path)):
         return
@@ -111,6 +132,8 @@ def parse(trt: Any, network: Any, log: Any, path: Path) -> None:
         where = f"{error.node_name() or '(no node)'} [{error.node_operator() or '?'}]"
         stack: list[str] = getattr(error, "local_function_stack", list)()
         problems.append(f"{where}: {error.desc()}" + (f" (in {' > '.join(stack)})" if stack else ""))
+    if any("initializer" in line for line in problems):
+        problems.append("where weights cannot be imported model.onnx.data may be cut short: `calque validate FOLDER` tells")
     raise Failed("the parser refuses the model", problems or list(log.errors))
 
 
@@ -279,7 +302,8 @@ def build_engine(trt: Any, build: Mapping[str, Any], profiles: Sequence[Mapping[
             for direction, tensor in tensors(network)
         ],
         "aliases": pairs,
-        "warnings": warnings + list(log.warnings),
+        # Inputs of int64 are bound as they are: no one is to be warned of that.
+        "warnings": warnings + [line for line in log.warnings if "Int64 binding" not in line],
     }
 
 
@@ -315,8 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code, result = 0, {}
     try:
         trt = load_sdk([asked.sdk] if asked.sdk else SDKS)
-        build = json.loads((FOLDER / "build.json").read_text(encoding="utf-8"))
-        profiles = json.loads((FOLDER / "profiles.json").read_text(encoding="utf-8"))["profiles"]
+        build, profiles = read("build.json"), read("profiles.json")["profiles"]
         build["builder_flags"] = [*build.get("builder_flags", []), *asked.flag]
         if asked.level is not None:
             build["builder_optimization_level"] = asked.level
@@ -326,7 +349,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A KeyError's text is the key alone.
         what = f"{error!r}" if isinstance(error, KeyError) else str(error)
         result = {"error": what, "problems": getattr(error, "problems", [])}
-        code = getattr(error, "code", 1)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        code = 6 if full else getattr(error, "code", 1)
         print(f"error: {what}", *(f"  {line}" for line in result["problems"]), sep="\n", file=sys.stderr)
     if asked.json:
         print(json.dumps(result))

@@ -59,6 +59,17 @@ def load_sdk(names: Sequence[str]) -> Any:
     raise Failed("no TensorRT here: pip install tensorrt (NVIDIA GPU) or tensorrt-rtx (builds on any x86-64 CPU)", why, 5)
 
 
+def above_zero(kind: type[int] | type[float]) -> Any:
+    """Return what reads a number above 0 from the command line."""
+
+    def number(text: str) -> float:
+        if not (found := kind(text)) > 0:
+            raise ValueError(text)
+        return found
+
+    return number
+
+
 class Refused(Exception):
     """A call would write past the last slot, which TensorRT does not say: it drops what has no place."""
 

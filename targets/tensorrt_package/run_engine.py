@@ -29,9 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:  # where type checkers find the file that lies beside this one
-    from calque.targets.tensorrt_package.cuda_engine import SDKS, Cuda, Engine, Failed, Refused, load_sdk
+    from calque.targets.tensorrt_package.cuda_engine import SDKS, Cuda, Engine, Failed, Refused, above_zero, load_sdk
 else:
-    from cuda_engine import SDKS, Cuda, Engine, Failed, Refused, load_sdk
+    from cuda_engine import SDKS, Cuda, Engine, Failed, Refused, above_zero, load_sdk
 
 Array = NDArray[Any]
 
@@ -253,7 +253,7 @@ def compare(engine: Engine, artifact: Artifact, scenario: Scenario) -> dict[str,
     if refuse and not refuse.startswith("max_length"):
         return met.result() | {"status": "not_run", "reason": f"forbidden by {refuse}"}
     if not refuse and not fits(engine, scenario):
-        return met.result() | {"status": "not_run", "reason": "larger than the engine's profiles"}
+        return met.result() | {"status": "not_run", "reason": "of sizes that the engine's profiles do not take"}
     pad_id = artifact.config.get("pad_token_id")
     try:
         for index, beyond, outputs in answers(engine, scenario, pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0):
@@ -342,7 +342,9 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
         print(f"  {line['name']:24} {line['status']:8} {figures:32} {line['reason']}".rstrip())
     result = {"sdk": trt.__name__, "version": trt.__version__, "device": cuda.device, **summary(lines), "scenarios": lines}
     weights = artifact.weight_bytes(plan.stat().st_size)
-    return result | (rates(engine, asked.bandwidth, weights, scenarios[0].rows[0], prompt, new) if engine.states else {})
+    if not engine.states or prompt + new > (engine.max_length or prompt + new):
+        return result  # nothing decodes, or there is no slot for a step
+    return result | rates(engine, asked.bandwidth, weights, scenarios[0].rows[0], prompt, new)
 
 
 def rates(engine: Engine, bandwidth: float | None, weights: int, tokens: Array, prompt: int, new: int) -> dict[str, Any]:
@@ -365,9 +367,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--engine", type=Path, help="the plan; default: what build.json names, beside this script")
     parser.add_argument("--sdk", choices=SDKS, help="default: the first that is installed")
-    parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
-    parser.add_argument("--new-tokens", type=int, default=128, metavar="N")
-    parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="of the device's memory; default: measured by copying")
+    parser.add_argument("--prompt-tokens", type=above_zero(int), default=128, metavar="N")
+    parser.add_argument("--new-tokens", type=above_zero(int), default=128, metavar="N")
+    parser.add_argument("--bandwidth", type=above_zero(float), metavar="GB/s", help="of the device's memory; default: measured by copying")
     parser.add_argument("--no-cuda-graph", action="store_true", help="launch every kernel of a decode step by itself")
     parser.add_argument("--json", action="store_true", help="the last line is a JSON object")
     asked = parser.parse_args(argv)

@@ -88,13 +88,23 @@ class Gpu:
         plan = {"onnx": str(self.package / "model.onnx"), "profiles": profiles or known, "aliases": aliases, "fault": fault}
         (self.package / "model.plan").write_text(json.dumps(plan))
 
-    def run(self, *arguments: str, sdk: str = "tensorrt", **environment: str) -> Ran:
-        """Return how the package's own script ended."""
+    def run(self, *arguments: str, sdk: str = "tensorrt", bandwidth: float | None = 10, **environment: str) -> Ran:
+        """Return how the package's own script ended; without a ``bandwidth`` it measures it."""
         place = self.folder / sdk
         place.mkdir(exist_ok=True)
         shutil.copy(HERE / "fake_tensorrt.py", place / f"{sdk}.py")
         env = {**os.environ, "PYTHONPATH": str(place), "LD_LIBRARY_PATH": str(self.folder), "OMP_NUM_THREADS": "1", **environment}
-        given = ["--sdk", sdk, "--json", "--bandwidth", "10", "--prompt-tokens", "9", "--new-tokens", "6", *arguments]
+        given = [
+            "--sdk",
+            sdk,
+            "--json",
+            *([f"--bandwidth={bandwidth}"] if bandwidth else []),
+            "--prompt-tokens",
+            "9",
+            "--new-tokens",
+            "6",
+            *arguments,
+        ]
         ended = subprocess.run(
             [sys.executable, "-W", "error", "run_engine.py", *given], cwd=self.package, env=env, capture_output=True, text=True
         )

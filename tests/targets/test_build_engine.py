@@ -178,3 +178,23 @@ def test_lengths_that_a_parser_drops_are_missed(tmp_path: Path) -> None:
     own.input[:] = [*own.input[:5], "", own.input[5]]
     onnx.save(model, folder / "model.trt.onnx")
     refused(folder, "1 of 2 attentions know their rows' lengths", "TensorRT 11.1")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("build.json", "[]", "build.json is no file of schema 1"),
+        ("build.json", '{"schema": 1}', "build.json lacks onnx, engine"),
+        ("build.json", '{"schema": 1, "onnx"', "build.json cannot be read"),
+        ("profiles.json", '{"schema": 1, "profiles": []}', "profiles.json lacks profiles"),
+        ("profiles.json", '{"schema": 2, "profiles": [1]}', "profiles.json is no file of schema 1"),
+    ],
+)
+def test_a_damaged_description_is_named(folder: Path, name: str, text: str, words: str) -> None:
+    (folder / name).write_text(text)
+    refused(folder, words)
+
+
+def test_weights_that_are_not_there_are_named(folder: Path) -> None:
+    (folder / "model.onnx.data").unlink()
+    refused(folder, "model.onnx.data is not there")

@@ -12,9 +12,9 @@ import pytest
 
 from calque import pipeline
 from calque.artifact import Artifact
-from calque.errors import BuildFailed, ParityFailed, TargetUnavailable, Unsupported
+from calque.errors import BuildFailed, ParityFailed, TargetUnavailable, Unsupported, WontFit
 from calque.pipeline import convert
-from calque.recipe import Dims, Recipe
+from calque.recipe import Dims, Parity, Recipe
 from calque.runtime import Decoder, open_session
 from calque.targets import Built, _tensorrt_build
 from calque.targets.tensorrt import TensorRT
@@ -22,6 +22,7 @@ from calque.validation.report import Report
 from tests.tiny_models import TINY, save_random
 
 SLOTS = 40
+QUICK = Parity(scenarios=("single-prompt",))
 PACKAGE = {"build.json", "profiles.json", "build_engine.py", "run_engine.py", "trtexec.txt"}
 
 
@@ -113,7 +114,7 @@ def test_two_conversions_give_the_same_bytes(gemma: Path, own: Artifact, tmp_pat
 
 
 def test_two_profiles_are_of_prompts_and_of_steps(gemma: Path, tmp_path: Path) -> None:
-    artifact = convert(recipe(gemma, options={"sdk": "none", "profiles": "two"}), tmp_path / "out")
+    artifact = convert(recipe(gemma, options={"sdk": "none", "profiles": "two"}, parity=QUICK), tmp_path / "out")
     prefill, decode = json.loads((artifact.folder / "profiles.json").read_text())["profiles"]
     assert (prefill["name"], decode["name"]) == ("prefill", "decode")
     assert prefill["shapes"]["input_ids"]["max"] == [4, SLOTS]
@@ -153,28 +154,60 @@ def stand_in(found: dict[str, Any]) -> Callable[..., dict[str, Any]]:
 
 def test_what_did_not_run_is_exit_5_only_where_it_is_required(gemma: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(_tensorrt_build, "find_spec", lambda _: None)
-    made = convert(recipe(gemma), tmp_path / "made")
+    made = convert(recipe(gemma, parity=QUICK), tmp_path / "made")
     assert made.proof.build.status == "not_run"
     assert "pip install" in (made.proof.build.reason or "")
+    stages: list[str] = []
     for what in ("build", "execution"):
         with pytest.raises(TargetUnavailable, match=f"--require {what}"):
-            convert(recipe(gemma, require=what), tmp_path / what)
-        assert not (tmp_path / what).exists()
+            convert(recipe(gemma, require=what), tmp_path / "required", progress=stages.append)
+    assert stages == []  # said before any work
+    assert not (tmp_path / "required").exists()
 
 
 def test_a_builder_that_refuses_rejects_the_artifact_with_what_it_said(
     gemma: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(_tensorrt_build, "chosen", lambda _: ("tensorrt-rtx", ""))
-    said = stand_in({"error": "the parser refuses model.onnx", "problems": ["node_7 (Attention): no kernel"]})
+    said = stand_in({"exit_code": 1, "error": "the parser refuses model.onnx", "problems": ["node_7 (Attention): no kernel"]})
     monkeypatch.setattr("calque.targets._tensorrt_package.run_build", said)
     with pytest.raises(BuildFailed, match="tensorrt-rtx cannot build") as caught:
-        convert(recipe(gemma), tmp_path / "out")
+        convert(recipe(gemma, parity=QUICK), tmp_path / "out")
     assert caught.value.exit_code == 4
     assert "build: node_7 (Attention): no kernel" in caught.value.where
     rejected = Artifact.read(tmp_path / "out.rejected")
     assert (rejected.proof.numerics.status, rejected.proof.build.status) == ("passed", "failed")
     assert Report.read(rejected.folder).build["problems"] == ["node_7 (Attention): no kernel"]
+
+
+def test_a_disk_that_is_full_is_no_verdict_on_the_artifact(gemma: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(_tensorrt_build, "chosen", lambda _: ("tensorrt-rtx", ""))
+    monkeypatch.setattr("calque.targets._tensorrt_package.run_build", stand_in({"exit_code": 6, "error": "No space left on device"}))
+    with pytest.raises(WontFit, match="is full"):
+        convert(recipe(gemma, parity=QUICK), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_an_option_that_changes_nothing_is_said(tmp_path: Path) -> None:
+    from tests.tiny_encoders import save_encoder
+
+    asked = Recipe(
+        model=str(save_encoder(tmp_path / "model", "bert")),
+        target="tensorrt",
+        options={"attention": "trt", "profiles": "two", "sdk": "none"},
+        parity=Parity(scenarios=("batch-2",)),
+    )
+    artifact = convert(asked, tmp_path / "out")
+    assert not (artifact.folder / "model.trt.onnx").exists()
+    assert artifact.proof.numerics.by == "onnxruntime"
+    assert {note.partition(" changes nothing")[0] for note in Report.read(artifact.folder).notes} >= {"attention: trt", "profiles: two"}
+
+
+def test_any_engine_takes_a_step_of_one_row(gemma: Path, tmp_path: Path) -> None:
+    dims = Dims(batch_size=(2, 4, 8), sequence_length=(50, 60, 70), max_length=SLOTS)
+    asked = Recipe(model=str(gemma), target="tensorrt", dims=dims, options={"sdk": "none"}, parity=QUICK)
+    [profile] = json.loads((convert(asked, tmp_path / "out").folder / "profiles.json").read_text())["profiles"]
+    assert profile["shapes"]["input_ids"] == {"min": [1, 1], "opt": [4, SLOTS], "max": [8, SLOTS]}
 
 
 def test_building_that_would_pass_the_memory_allowed_is_left_out(plain: Artifact) -> None:
