@@ -31,7 +31,11 @@ def statuses(artifact: Artifact) -> dict[str, str]:
     return {row["name"]: row["status"] for row in json.loads((artifact.folder / REPORT).read_text())["scenarios"]}
 
 
-@pytest.mark.parametrize("model_type", ENCODERS)
+# Types whose small models take as long to prove as all others together.
+LONG = ("deberta", "mpnet")
+
+
+@pytest.mark.parametrize("model_type", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in ENCODERS])
 def test_shrunken_encoder_passes_the_whole_gate(model_type: str, tmp_path: Path) -> None:
     artifact = converted(save_encoder(tmp_path / "model", model_type), tmp_path / "out", task="feature-extraction")
     assert artifact.proof.numerics.worst is not None

@@ -20,7 +20,8 @@ FEWEST = 145
 FEWEST_ENGINES = 100
 
 # One type for each thing that is done for more than one: the whole sweep takes too long to run each time.
-SUBSET = ("bart", "deepseek_v2", "falcon-alibi", "gemma4_unified", "gpt_neo", "llama4_text", "mpt", "mamba")
+QUICK = ("bart", "deepseek_v2", "falcon-alibi", "mamba")
+SUBSET = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma4_unified", "gpt_neo", "llama4_text", "mpt"))]
 
 
 def support() -> ModuleType:

@@ -71,6 +71,7 @@ def test_recipe_with_a_plugins_pass_and_target_converts_proves_validates_and_gen
     assert len(told["tokens"]) == 4
 
 
+@pytest.mark.slow
 def test_options_of_a_plugins_target_are_set_and_checked_like_any(example: Path, tmp_path: Path) -> None:
     convert = ("convert", "builtin:quill", "--target", "ort-format", "-o", tmp_path / "out", "--scenarios", "single-prompt")
     wrong = calque(*convert, "--set", "optimise=none", site=example)
@@ -88,6 +89,7 @@ def test_layout_that_a_plugins_target_lacks_is_refused(example: Path, tmp_path: 
     assert "layout: transformers.js  ort-format in fp32 has flat" in refused.stderr
 
 
+@pytest.mark.slow
 def test_artifact_of_a_target_that_is_not_installed_is_refused(example: Path, tmp_path: Path) -> None:
     done = calque("convert", "builtin:quill", "--target", "ort-format", "-o", tmp_path / "out", "--scenarios", "length-1", site=example)
     assert done.returncode == 0, done.stderr
