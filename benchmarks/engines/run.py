@@ -47,21 +47,28 @@ Row = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert each and write the results; 1 where one was not built."""
     args = parse(arguments)
-    rows = []
-    for name in args.models:
-        for precision in args.precisions:
-            if refused(name, precision):
-                continue
-            row = {"model": name, "precision": precision, **built(MODELS[name], precision, args.work)}
-            print(f"{name}, {precision}: {row.get('build')} {row.get('error', '')}", file=sys.stderr, flush=True)
-            rows.append(row)
+    asked = [(name, precision) for name in args.models for precision in args.precisions if not refused(name, precision)]
+    rows = [row for row in earlier(args.results) if (row["model"], row["precision"]) not in asked]
+    for name, precision in asked:
+        row = {"model": name, "precision": precision, **built(MODELS[name], precision, args.work)}
+        print(f"{name}, {precision}: {row.get('build')} {row.get('error', '')}", file=sys.stderr, flush=True)
+        rows.append(row)
     command = "calque convert MODEL --target tensorrt --precision PRECISION"
+    order = [(name, precision) for name in MODELS for precision in PRECISIONS]
+    rows.sort(key=lambda row: order.index((row["model"], row["precision"])))
     tools = {"Calque": {"command": command, "versions": versions(Path(sys.executable))}}
     results = {"schema": 1, "command": COMMAND, "machine": machine(), "tools": tools, "rows": rows}
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (args.results / "results.md").write_text(page(results), encoding="utf-8")
     return int(any(row["build"] != "passed" for row in rows))
+
+
+def earlier(results: Path) -> list[Row]:
+    """Return the rows of an earlier run; none where there was none. What is not asked for keeps its row."""
+    file = results / "results.json"
+    rows: list[Row] = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    return rows
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
