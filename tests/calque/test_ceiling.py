@@ -92,7 +92,7 @@ def test_proof_runs_by_blocks_only_where_the_whole_would_not_fit(monkeypatch: py
         memory_plan.require_memory(model, 2 * 10**9, blocks=False)
 
 
-@pytest.mark.parametrize("activations", ["int8", pytest.param("dynamic", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("activations", [pytest.param("int8", marks=pytest.mark.slow), pytest.param("dynamic", marks=pytest.mark.slow)])
 def test_exact_blocks_round_nothing_whatever_the_artifact_does(activations: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "require_memory", lambda *_: 600_000)
     made = pipeline.convert(quill("int8").model_copy(update={"options": {"activations": activations}}), tmp_path / "out")

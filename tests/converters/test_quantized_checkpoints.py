@@ -153,6 +153,7 @@ def test_integers_are_made_anew_where_others_are_asked_for(options: dict[str, An
     assert set(fates(traced(tmp_path, **options)).values()) == {fate}
 
 
+@pytest.mark.slow
 def test_head_in_4_bits_is_not_widened_unless_it_is_named(tmp_path: Path) -> None:
     written.gptq(tmp_path, head=True)
     assert fates(traced(tmp_path, bits=4))[HEAD] == "kept exactly"

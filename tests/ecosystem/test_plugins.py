@@ -180,6 +180,7 @@ def test_pass_that_is_none_says_what_it_lacks(entry: str, expected: str, site: P
     assert any(line.startswith(expected) for line in caught.value.where)
 
 
+@pytest.mark.slow
 def test_commands_that_do_not_use_a_broken_plugin_work_and_targets_lists_it(tmp_path: Path) -> None:
     distribution(tmp_path, "broken", "calque.targets", "broken-target = broken:Broken", "import no_such_sdk")
     distribution(tmp_path, "useless", "calque.passes", "useless = useless:Useless", "raise ValueError")

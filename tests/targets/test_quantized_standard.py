@@ -120,6 +120,7 @@ def test_product_of_the_runtime_is_that_of_the_graph() -> None:
     assert np.abs(y - (x @ (q * scale) + bias).numpy()).max() > 1e-3 * wanted.std()
 
 
+@pytest.mark.slow
 def test_static_ranges_come_from_a_text_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text(HELDOUT.read_text(encoding="utf-8")[:6000], encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from calque.pipeline import convert
 from calque.recipe import Dims, Parity, Recipe
 from calque.runtime import Decoder, open_session
 from calque.targets import Built, _tensorrt_build
+from calque.targets._tensorrt_profiles import profiles
 from calque.targets.tensorrt import TensorRT
 from calque.validation.report import Report
 from tests.tiny_models import TINY, save_random
@@ -102,7 +104,7 @@ def test_the_wrong_kind_of_causality_is_caught_by_the_expansion(gemma: Path, mon
     # And were there no such rule:
     monkeypatch.setattr(_tensorrt_legality, "illegal", lambda *_: [])
     with pytest.raises(ParityFailed, match="numerics failed"):
-        convert(recipe(gemma, options={"sdk": "none", "attention": "trt"}), tmp_path / "out")
+        convert(recipe(gemma, options={"sdk": "none", "attention": "trt"}, parity=QUICK), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.rejected" / "model.trt.onnx").is_file()
 
@@ -113,12 +115,21 @@ def test_two_conversions_give_the_same_bytes(gemma: Path, own: Artifact, tmp_pat
     assert again.manifest() == own.manifest()
 
 
-def test_two_profiles_are_of_prompts_and_of_steps(gemma: Path, tmp_path: Path) -> None:
-    artifact = convert(recipe(gemma, options={"sdk": "none", "profiles": "two"}, parity=QUICK), tmp_path / "out")
-    prefill, decode = json.loads((artifact.folder / "profiles.json").read_text())["profiles"]
+def with_dims(artifact: Artifact, **dims: list[int]) -> Artifact:
+    """The artifact as a recipe of other dims would have it."""
+    return replace(artifact, recipe={**artifact.recipe, "dims": {**artifact.recipe["dims"], **dims}})
+
+
+def test_two_profiles_are_of_prompts_and_of_steps(plain: Artifact) -> None:
+    prefill, decode = profiles(plain, "two")["profiles"]
     assert (prefill["name"], decode["name"]) == ("prefill", "decode")
     assert prefill["shapes"]["input_ids"]["max"] == [4, SLOTS]
     assert decode["shapes"]["input_ids"] == {"min": [1, 1], "opt": [1, 1], "max": [4, 1]}
+
+
+def test_any_engine_takes_a_step_of_one_row(plain: Artifact) -> None:
+    [profile] = profiles(with_dims(plain, batch_size=[2, 4, 8], sequence_length=[50, 60, 70]), "one")["profiles"]
+    assert profile["shapes"]["input_ids"] == {"min": [1, 1], "opt": [4, SLOTS], "max": [8, SLOTS]}
 
 
 def test_calque_s_own_runtime_runs_it_on_the_cpu(plain: Artifact) -> None:
@@ -201,13 +212,6 @@ def test_an_option_that_changes_nothing_is_said(tmp_path: Path) -> None:
     assert not (artifact.folder / "model.trt.onnx").exists()
     assert artifact.proof.numerics.by == "onnxruntime"
     assert {note.partition(" changes nothing")[0] for note in Report.read(artifact.folder).notes} >= {"attention: trt", "profiles: two"}
-
-
-def test_any_engine_takes_a_step_of_one_row(gemma: Path, tmp_path: Path) -> None:
-    dims = Dims(batch_size=(2, 4, 8), sequence_length=(50, 60, 70), max_length=SLOTS)
-    asked = Recipe(model=str(gemma), target="tensorrt", dims=dims, options={"sdk": "none"}, parity=QUICK)
-    [profile] = json.loads((convert(asked, tmp_path / "out").folder / "profiles.json").read_text())["profiles"]
-    assert profile["shapes"]["input_ids"] == {"min": [1, 1], "opt": [4, SLOTS], "max": [8, SLOTS]}
 
 
 def test_building_that_would_pass_the_memory_allowed_is_left_out(plain: Artifact) -> None:

@@ -70,9 +70,13 @@ def built(model: str, folder: Path, precision: str = "fp16", **settings: Any) ->
 
 
 CODES = ("int8", "int4", "fp8")
-# The whole gate of each model in float16, and of the built-in one in codes; of all else where slow tests are asked for.
-GATED = [pytest.param(name, "fp16") for name in (*SAVE, QUILL)]
-GATED += [pytest.param(name, codes, marks=() if name == QUILL else pytest.mark.slow) for name in (*SAVE, QUILL) for codes in CODES]
+# What goes through the whole gate quickly: one of each kind of model. Slow tests ask it of all, in all.
+QUICK = ("llama", "minilm", "vit", QUILL)
+GATED = [
+    pytest.param(name, precision, marks=() if name in QUICK and precision == "fp16" else pytest.mark.slow)
+    for name in (*SAVE, QUILL)
+    for precision in ("fp16", *CODES)
+]
 
 
 @pytest.mark.parametrize(("name", "precision"), GATED)
@@ -85,12 +89,12 @@ def test_an_engine_is_built_of_what_the_gate_proved(name: str, precision: str, s
         assert measured["aliases"] == {state.output: state.input for state in artifact.states}
 
 
-@pytest.mark.parametrize("name", SAVE)
-def test_engines_are_built_of_codes(name: str, sources: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*SAVE, QUILL])
+def test_an_engine_is_built_in_each_precision(name: str, sources: dict[str, str], tmp_path: Path) -> None:
     """Traced once for all of them, and not through the gate."""
     traced = Conversion(recipe(sources[name]), TensorRT(), resolve(recipe(sources[name]), tmp_path)).trace()
     plans = {}
-    for precision in CODES:
+    for precision in ("fp16", *CODES):
         model, target, folder = traced.copy(), TensorRT(), tmp_path / precision
         folder.mkdir()
         done = passes.run_all(target.passes(precision), model)
@@ -102,10 +106,10 @@ def test_engines_are_built_of_codes(name: str, sources: dict[str, str], tmp_path
         target.finish(artifact, PreTrainedConfig())
         artifact.write_manifest()
         plans[precision] = target.build(artifact, lambda: traced, None)
-    assert {precision: plan.build.status for precision, plan in plans.items()} == dict.fromkeys(CODES, "passed")
+    assert {precision: plan.build.status for precision, plan in plans.items()} == dict.fromkeys(("fp16", *CODES), "passed")
 
 
-@pytest.mark.parametrize("precision", ["int8-static", "fp8"])
+@pytest.mark.parametrize("precision", [pytest.param("int8-static", marks=pytest.mark.slow), "fp8"])
 def test_activations_are_rounded_to_ranges_of_a_text(precision: str, text: str, tmp_path: Path) -> None:
     artifact = built(QUILL, tmp_path, precision, calibration=Calibration(text=text))
     assert artifact.passes["quantize_activations"] > 10
