@@ -88,8 +88,11 @@ def _executed(artifact: Artifact, by: str, found: Mapping[str, Any], said: str) 
     ran = run_validation(artifact.folder)
     if ran["exit_code"] == NOTHING_RAN:
         return Built(Check("passed", by), Check("not_run", by, str(ran["error"])), (), found, (said,), tools)
-    failures = (f"execution: {ran['error']}",) if "error" in ran else ()
-    execution = Check("failed", by, str(ran["error"])) if failures else Check("passed", by, worst=round_up(ran["max_sigma"]))
+    # The exit code is the verdict: a run that ends with wrong numbers says so in its scenarios, and has no error.
+    wrong = [f"{row['name']}: {row['reason']}" for row in ran.get("scenarios", ()) if row["status"] == "failed"]
+    why = [str(ran["error"])] if "error" in ran else wrong
+    execution = Check("failed", by, "; ".join(why[:1])) if ran["exit_code"] else Check("passed", by, worst=round_up(ran["max_sigma"]))
+    failures = tuple(f"execution: {line}" for line in why)
     return Built(Check("passed", by), execution, failures, {**found, "execution": ran}, (said,), tools)
 
 

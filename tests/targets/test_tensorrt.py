@@ -191,6 +191,31 @@ def test_a_builder_that_refuses_rejects_the_artifact_with_what_it_said(
     assert Report.read(rejected.folder).build["problems"] == ["node_7 (Attention): no kernel"]
 
 
+@pytest.mark.parametrize(
+    ("ran", "status", "failures"),
+    [
+        ({"exit_code": 0, "max_sigma": 0.012, "scenarios": [{"name": "batch-2", "status": "passed", "reason": ""}]}, "passed", ()),
+        (
+            {"exit_code": 3, "max_sigma": 2.0, "scenarios": [{"name": "batch-2", "status": "failed", "reason": "2.0 σ"}]},
+            "failed",
+            ("execution: batch-2: 2.0 σ",),
+        ),
+        ({"exit_code": -11, "error": "killed by SIGSEGV"}, "failed", ("execution: killed by SIGSEGV",)),
+        ({"exit_code": 5, "error": "it cannot be loaded"}, "not_run", ()),
+    ],
+)
+def test_what_ran_on_a_gpu_is_judged_by_how_it_ended(
+    ran: dict[str, Any], status: str, failures: tuple[str, ...], plain: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = {"exit_code": 0, "version": "11.4", "build_seconds": 1.0, "plan_bytes": 1, "peak_rss_bytes": 1}
+    monkeypatch.setattr(_tensorrt_build, "chosen", lambda _: ("tensorrt", ""))
+    monkeypatch.setattr(_tensorrt_build, "has_gpu", lambda: True)
+    monkeypatch.setattr("calque.targets._tensorrt_package.run_build", stand_in(built))
+    monkeypatch.setattr("calque.targets._tensorrt_package.run_validation", stand_in(ran))
+    found = _tensorrt_build.build(plain, "auto", None)
+    assert (found.build.status, found.execution.status, found.failures) == ("passed", status, failures)
+
+
 def test_a_disk_that_is_full_is_no_verdict_on_the_artifact(gemma: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(_tensorrt_build, "chosen", lambda _: ("tensorrt-rtx", ""))
     monkeypatch.setattr("calque.targets._tensorrt_package.run_build", stand_in({"exit_code": 6, "error": "No space left on device"}))
