@@ -188,24 +188,19 @@ def finish(target: Target, artifact: Artifact, config: PreTrainedConfig) -> tupl
 
 def package_rows(needs: dict[str, str]) -> list[tuple[str, str, str]]:
     """Return a doctor's row for each package: its version, or that it is missing and what it is needed for."""
-    rows = []
-    for package, purpose in needs.items():
-        try:
-            rows.append((package, version(package), purpose))
-        except PackageNotFoundError:
-            rows.append((package, "missing", f"{purpose}: {INSTALL_CONVERT}"))
-    return rows
+    return [_package_row(package, purpose, "missing", INSTALL_CONVERT) for package, purpose in needs.items()]
 
 
 def optional_rows(offers: dict[str, str]) -> list[tuple[str, str, str]]:
     """Return a doctor's row for each package that a target does without: its version, or that it is not there and what it would do."""
-    rows = []
-    for package, offer in offers.items():
-        try:
-            rows.append((package, version(package), offer))
-        except PackageNotFoundError:
-            rows.append((package, "not installed", f"{offer}: pip install 'calque[{package}]'"))
-    return rows
+    return [_package_row(package, offer, "not installed", f"pip install 'calque[{package}]'") for package, offer in offers.items()]
+
+
+def _package_row(package: str, purpose: str, absent: str, install: str) -> tuple[str, str, str]:
+    try:
+        return package, version(package), purpose
+    except PackageNotFoundError:
+        return package, absent, f"{purpose}: {install}"
 
 
 def names() -> list[str]:
