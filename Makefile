@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer was found; name one: make setup PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c '$(RECENT)' || { echo "Calque needs Python 3.11 or newer, and $(PYTHON) is none" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[convert,dev,tensorrt-rtx]'
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[convert,coreml,dev,tensorrt-rtx]'
 	@touch $@
 
 check: setup

@@ -22,6 +22,8 @@ ENGINE = "model.plan"
 
 # The optional input that says how many last positions get logits; 0 means all.
 NUM_LOGITS_TO_KEEP = "num_logits_to_keep"
+# The graphs of a generator that has one for calls of a single new token of each row; the other takes every call.
+PREFILL, DECODE = "prefill", "decode"
 # The input of a model that reads images: float32 [batch_size, channels, height, width].
 PIXELS = "pixel_values"
 
@@ -74,7 +76,7 @@ class Check:
 
 NOT_RUN = Check("not_run", reason="not reached")
 # The targets whose files say all that is rounded.
-AS_WRITTEN = ("tensorrt",)
+AS_WRITTEN = ("tensorrt", "torchscript", "torchscript-lite", "aotinductor", "coreml")
 # The worst figure of a run that agrees exactly; no smaller one is worth a digit in the manifest.
 FLOOR = 1e-9
 
@@ -129,6 +131,14 @@ class Artifact:
     def with_proof(self, proof: Proof) -> Artifact:
         """Return the same artifact carrying ``proof``."""
         return replace(self, proof=proof)
+
+    def graph_for(self, new: int) -> str | None:
+        """Return the name of the graph that takes calls of so many new tokens of each row; None where no rule says which does."""
+        if len(self.graphs) == 1:
+            return next(iter(self.graphs))
+        if set(self.graphs) != {PREFILL, DECODE}:
+            return None
+        return DECODE if new == 1 else PREFILL
 
     def manifest(self) -> dict[str, Any]:
         """Return what manifest.json holds: no time, path, host or measurement, so equal recipes give equal bytes."""

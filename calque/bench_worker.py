@@ -89,7 +89,7 @@ def serve(folder: Path, threads: int) -> None:
     session = open_session(folder, threads)
     artifact = Artifact.read(folder)
     runner: Generator | Encoder = (Generator if artifact.states else Encoder)(artifact, session)
-    [spec] = artifact.graphs.values()
+    spec = next(iter(artifact.graphs.values()))
     onnx = isinstance(session, OnnxRuntimeSession) and spec.file.endswith(".onnx")
     _say(
         kind=runner.kind,

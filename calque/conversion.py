@@ -254,7 +254,12 @@ class Conversion:
             WontFit: what passes the memory that the recipe allows.
         """
         blocks = isinstance(self.target, targets.RunsBlocks)
-        return memory_plan.require_memory(model, self.recipe.max_memory, blocks, preflight.mapped_bytes(self.source))
+        mapped = preflight.mapped_bytes(self.source)
+        return memory_plan.require_memory(model, self.recipe.max_memory, blocks, mapped, self.writing_bytes(model))
+
+    def writing_bytes(self, model: TracedModel) -> int:
+        """Return what the target takes to write its file, where it has all weights in memory for that; 0 where it has not."""
+        return self.target.emission_bytes(preflight.weights_bytes(model)) if isinstance(self.target, targets.Embeds) else 0
 
     def in_blocks(self, artifact: Artifact, exact: bool = False) -> Session:
         """Return a session that runs the artifact some nodes at a time, as the memory allowed asks for."""

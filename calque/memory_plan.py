@@ -29,17 +29,17 @@ def require_tools(allowed: int | None) -> None:
         )
 
 
-def require_memory(model: TracedModel, allowed: int | None, blocks: bool, mapped: int = 0) -> int:
+def require_memory(model: TracedModel, allowed: int | None, blocks: bool, mapped: int = 0, writes: int = 0) -> int:
     """Return of how many bytes of weights at a time the proof may run the artifact, 0 where all of them fit; None allows anything.
 
-    ``blocks``: whether the target's artifacts can be run so. ``mapped``: as `preflight.mapped_bytes` says.
+    ``blocks``: whether the target's artifacts can be run so. ``mapped``, ``writes``: as `preflight.peak_memory` takes them.
 
     Raises:
         WontFit: what passes the memory allowed, and the least that would do.
     """
     if allowed is None:
         return 0
-    needs = preflight.peak_memory(model, mapped)
+    needs = preflight.peak_memory(model, mapped, writes=writes)
     least = {"convert": needs["convert"], "prove": min(needs["prove"], needs["prove_by_blocks"]) if blocks else needs["prove"]}
     if lines := [f"{stage}  needs {size(count)}" for stage, count in least.items() if count > allowed]:
         fix = f"allow at least {size(max(least.values()))} with --max-memory"

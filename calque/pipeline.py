@@ -117,7 +117,7 @@ def emit(conversion: Conversion, model: TracedModel, folder: Path, stages: Stage
         graphs=emitted.graphs,
         states=model.states,
         passes={name: did.count for name, did in done.items()},
-        tools={**tool_versions(), **plugins.versions(recipe.target, done)},
+        tools={**tool_versions(), **{name: version(name) for name in targets.packages(target)}, **plugins.versions(recipe.target, done)},
         limits=limits,
     )
     artifact, more = targets.finish(target, artifact, source.config)
@@ -271,7 +271,7 @@ def plan(recipe: Recipe, progress: Callable[[str], None] = silent) -> dict[str, 
         outputs = [spec for spec in model.outputs if spec.name not in states]
         beside = preflight.companion_bytes(source) + predicted_bytes(chosen, outputs)
         working = judged + preflight.integers_bytes(model) + working_bytes(chosen, outputs, bool(states))
-        needs = preflight.sizes(model, beside, working, preflight.mapped_bytes(source), block)
+        needs = preflight.sizes(model, beside, working, preflight.mapped_bytes(source), block, conversion.writing_bytes(model))
         if isinstance(target, targets.Builds):
             needs["peak_memory_bytes"]["build"] = preflight.TOOLS_BYTES + target.builder_bytes(needs["weights_bytes"])
             needs["built_bytes"] = needs["weights_bytes"]  # about: it has them all

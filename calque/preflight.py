@@ -160,11 +160,11 @@ def require_cache(model: TracedModel) -> None:
         )
 
 
-def sizes(model: TracedModel, beside: int = 0, working: int = 0, mapped: int = 0, block: int = 0) -> dict[str, Any]:
+def sizes(model: TracedModel, beside: int = 0, working: int = 0, mapped: int = 0, block: int = 0, writes: int = 0) -> dict[str, Any]:
     """Return parameters and bytes: weights, artifact, disk, predicted peak memory; and how fast decoding can be at best.
 
     ``beside``: the bytes of companions and references. ``working``: of what is on the same disk until the conversion ends.
-    ``mapped``, ``block``: as `peak_memory` takes them.
+    ``mapped``, ``block``, ``writes``: as `peak_memory` takes them.
     """
     artifact = artifact_bytes(model) + beside
     return {
@@ -172,7 +172,7 @@ def sizes(model: TracedModel, beside: int = 0, working: int = 0, mapped: int = 0
         "weights_bytes": weights_bytes(model),
         "artifact_bytes": artifact,
         "disk_bytes": artifact + working,
-        "peak_memory_bytes": peak_memory(model, mapped, block),
+        "peak_memory_bytes": peak_memory(model, mapped, block, writes),
         **(_decoding(model) if model.states else {}),
     }
 
@@ -205,10 +205,11 @@ def mapped_bytes(source: ModelSource) -> int:
     return sum(weight.nbytes for weight in source.weights.values() if isinstance(weight, Stored) and weight.dtype != "F32")
 
 
-def peak_memory(model: TracedModel, mapped: int = 0, block: int = 0) -> dict[str, int]:
+def peak_memory(model: TracedModel, mapped: int = 0, block: int = 0, writes: int = 0) -> dict[str, int]:
     """Return the peak resident bytes of converting, of proving, and of proving by blocks.
 
     ``mapped``: as `mapped_bytes` says. ``block``: of how many bytes of weights blocks are; as small as they can be where that is less.
+    ``writes``: what writing the file takes where all weights are in memory for it.
     """
     # What has no rows of its own is held as it is stored, cast and transposed.
     whole = max((math.prod(weight.shape) * FP32 for weight in model.weights.distinct() if not weight.by_rows), default=0)
@@ -216,7 +217,7 @@ def peak_memory(model: TracedModel, mapped: int = 0, block: int = 0) -> dict[str
     runs = tools + RUNTIME_BYTES + 2 * PROOF_ROWS * cache_bytes(model)
     answers = PROOF_POSITIONS * FP32 * max((s for o in model.outputs if isinstance(s := o.shape[-1], int)), default=0)
     return {
-        "convert": tools + max(3 * whole, PIECE_COPIES * PIECE_BYTES) + _calibration_bytes(model),
+        "convert": tools + max(3 * whole, PIECE_COPIES * PIECE_BYTES, writes) + _calibration_bytes(model),
         # The eager model is gone before the artifact is opened.
         "prove": max(tools + _wide_bytes(model) + mapped, runs + answers + _opened_bytes(model)),
         "prove_by_blocks": runs

@@ -9,6 +9,7 @@ from torch.fx import Interpreter, Node
 
 from calque.artifact import NUM_LOGITS_TO_KEEP
 from calque.errors import UsageError
+from calque.tensors import to_array, to_tensor
 from calque.traced import TracedModel
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class TracedSession:
         if self.check:
             self.check(inputs)
         # An early stage has its states in float32, whatever the artifact carries them in.
-        feeds = [_tensor(inputs[spec.name]).to(getattr(torch, spec.dtype)) for spec in self.model.inputs]
+        feeds = [to_tensor(inputs[spec.name].copy()).to(getattr(torch, spec.dtype)) for spec in self.model.inputs]
         recorder = _Recorder(self.model.module)
         with torch.no_grad():
             values = recorder.run(*self.bound, *feeds)
@@ -65,20 +66,4 @@ class TracedSession:
             outputs |= {state.output: recorder.updates[state.name] for state in self.model.states}
         if NUM_LOGITS_TO_KEEP in inputs and NUM_LOGITS_TO_KEEP not in {spec.name for spec in self.model.inputs}:
             outputs["logits"] = outputs["logits"][:, -int(inputs[NUM_LOGITS_TO_KEEP]) :]
-        return {name: _array(value) for name, value in outputs.items()}
-
-
-def _tensor(array: NDArray[np.generic]) -> torch.Tensor:
-    """Return a copy; numpy knows bfloat16 by ml_dtypes, which torch does not."""
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view("int16").copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
-
-
-def _array(tensor: torch.Tensor) -> NDArray[np.generic]:
-    if tensor.dtype == torch.bfloat16:
-        import ml_dtypes
-
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    array: NDArray[np.generic] = tensor.numpy()
-    return array
+        return {name: to_array(value) for name, value in outputs.items()}

@@ -48,23 +48,25 @@ class Decoder:
         """Be ready for the first call.
 
         Raises:
-            Unsupported: the artifact keeps no states or has several graphs, or its states are updated in place by another runtime.
+            Unsupported: the artifact keeps no states, has graphs that no rule chooses from, or its states are updated in place by
+                another runtime.
             ArtifactUnreadable: its graph cannot be read.
         """
         if not artifact.states:
             raise Unsupported(f"{artifact.folder} keeps no states: it continues no text", fix="run its graph, as docs/artifact.md shows")
         if rows < 1:
             raise UsageError(f"{rows} rows cannot be decoded, 1 or more expected")
-        if len(artifact.graphs) != 1:
-            raise Unsupported(f"generation drives artifacts of one graph, this one has {sorted(artifact.graphs)}")
+        graph = artifact.graph_for(0)
+        if graph is None:
+            raise Unsupported(f"nobody knows here which graph of {sorted(artifact.graphs)} to call", fix="use the artifact's own runtime")
         self.artifact, self.rows = artifact, rows
-        [(graph, self._spec)] = artifact.graphs.items()
+        self._spec = artifact.graphs[graph]
         states = {state.input for state in artifact.states}
         self._vocabulary = next((tensor.shape[-1] for tensor in self._spec.outputs if tensor.name == "logits"), None)
         self._names = {tensor.name for tensor in self._spec.inputs} - states
         if other := sorted(self._names - FED):
             raise Unsupported(f"nobody knows here what to feed {self._spec.file}", other, "use the artifact's own runtime")
-        self._states = _states(artifact, session, graph, rows)
+        self._states = _states(artifact, session, rows)
         self.reset()
 
     def reset(self) -> None:
@@ -116,19 +118,20 @@ class Decoder:
         return (slots < self.lengths[:, None]).astype(np.int64)
 
 
-def _states(artifact: Artifact, session: Session, graph: str, rows: int) -> _HandedOn | _Shared:
+def _states(artifact: Artifact, session: Session, rows: int) -> _HandedOn | _Shared:
     """Return what keeps the states of an artifact."""
     static = [state.input for state in artifact.states if state.update == "in_place"]
     if not isinstance(session, OnnxRuntimeSession):
         if static:
             raise Unsupported("only ONNX Runtime's session updates states in place", static, "use the artifact's own runtime")
-        return _HandedOn(artifact.states, session, graph, rows)
+        return _HandedOn(artifact, session, rows)
     grows = all(state.update == "append" for state in artifact.states)
-    file = artifact.folder / artifact.graphs[graph].file
+    [(graph, spec)] = artifact.graphs.items()
+    file = artifact.folder / spec.file
     # Another format that ONNX Runtime opens, such as its own, does not say what reads the states.
     if static or (grows and file.suffix == ".onnx" and OnnxFile.read(file).shares_buffers(artifact.states)):
         return _Shared(artifact.states, session, graph, rows)
-    return _HandedOn(artifact.states, session.run, graph, rows)
+    return _HandedOn(artifact, session.run, rows)
 
 
 class _HandedOn:
@@ -136,19 +139,19 @@ class _HandedOn:
 
     compact = False  # padding keeps its slots
 
-    def __init__(self, states: Sequence[StateSpec], run: Any, graph: str, rows: int) -> None:
-        self._specs, self._run, self._graph, self._rows = states, run, graph, rows
+    def __init__(self, artifact: Artifact, run: Any, rows: int) -> None:
+        self._artifact, self._run, self._rows = artifact, run, rows
         self._arrays: dict[str, Array] = {}
 
     def clear(self) -> None:
-        self._arrays = {state.input: _zeros(state, self._rows, 0) for state in self._specs}
+        self._arrays = {state.input: _zeros(state, self._rows, 0) for state in self._artifact.states}
 
     def reserve(self, slots: int) -> None:
         """Have room as it is: each call makes its outputs as long as they must be."""
 
     def __call__(self, feed: Mapping[str, Array], filled: int) -> Array:
-        outputs: dict[str, Array] = self._run(self._graph, {**feed, **self._arrays})
-        self._arrays = {state.input: outputs[state.output] for state in self._specs}
+        outputs: dict[str, Array] = self._run(self._artifact.graph_for(feed["input_ids"].shape[1]), {**feed, **self._arrays})
+        self._arrays = {state.input: outputs[state.output] for state in self._artifact.states}
         return outputs["logits"]
 
 

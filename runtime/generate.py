@@ -86,7 +86,7 @@ def check_vocabulary(artifact: Artifact, ids: list[int]) -> None:
     Raises:
         Unsupported: the tokenizer has more tokens than the model.
     """
-    [graph] = artifact.graphs.values()
+    graph = next(iter(artifact.graphs.values()))
     size = next((spec.shape[-1] for spec in graph.outputs if spec.name == "logits"), None)
     if isinstance(size, int) and max(ids) >= size:
         raise Unsupported(

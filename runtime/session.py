@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from calque import plugins
 from calque.artifact import Artifact
 from calque.errors import TargetUnavailable
-from calque.runtime.onnxruntime_session import OnnxRuntimeSession
-from calque.runtime.standard_session import StandardSession
 from calque.session import Session
 
-# The targets whose artifacts ONNX Runtime runs, and how: TensorRT's are files of the standard, run here on the CPU.
-SESSIONS: dict[str, type[OnnxRuntimeSession]] = {"onnxruntime": OnnxRuntimeSession, "tensorrt": StandardSession}
+# What runs a target's artifacts, module and class: TensorRT's are files of the standard, run by ONNX Runtime on the CPU.
+SESSIONS = {
+    "onnxruntime": ("onnxruntime_session", "OnnxRuntimeSession"),
+    "tensorrt": ("standard_session", "StandardSession"),
+    "torchscript": ("torchscript_session", "TorchScriptSession"),
+    "torchscript-lite": ("torchscript_session", "LiteSession"),
+    "aotinductor": ("aotinductor_session", "AOTInductorSession"),
+    "coreml": ("coreml_session", "CoreMLSession"),
+}
 
 
 def load(folder: Path | str) -> Artifact:
@@ -41,7 +47,9 @@ def open_session(folder: Path | str, threads: int = 0) -> Session:
             f"an artifact for {artifact.target} cannot be run by Calque's own runtime",
             fix=f"load it with the SDK of {artifact.target}; built in: {', '.join(SESSIONS)}",
         )
-    return SESSIONS[artifact.target](artifact, threads)
+    module, name = SESSIONS[artifact.target]
+    session: Session = getattr(import_module(f"calque.runtime.{module}"), name)(artifact, threads)
+    return session
 
 
 def _opened(target: Any, artifact: Artifact, threads: int) -> Session:

@@ -121,6 +121,15 @@ class RunsBlocks(Protocol):
         ...
 
 
+@runtime_checkable
+class Embeds(Protocol):
+    """A target that has all weights in memory at once while it writes its file."""
+
+    def emission_bytes(self, weights: int) -> int:
+        """Return about how much memory writing takes of so many bytes of weights, what the tools take aside."""
+        ...
+
+
 @dataclass(frozen=True)
 class Built:
     """What came of building an artifact for its runtime, and of running what was built on the runtime's device.
@@ -174,6 +183,11 @@ def require(target: Target, needed: Requirement | None) -> None:
     """
     if isinstance(target, Builds):
         target.require(needed)
+
+
+def packages(target: Target) -> tuple[str, ...]:
+    """Return the packages, beside those of every conversion, whose versions decide what the target writes."""
+    return tuple(getattr(target, "packages", ()))
 
 
 def layouts(target: Target, precision: str) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ class BlockSession(OnnxRuntimeSession):
         """
         model, blocks = self._blocks(graph)
         values = [dict(inputs) for inputs in calls]
-        outputs = [output.name for output in self._spec(graph).outputs]
+        outputs = [output.name for output in self.spec(graph).outputs]
         with self.explained(graph):
             for place, block in enumerate(blocks):
                 later = {name for other in blocks[place + 1 :] for name in other.reads}.union(outputs)
@@ -91,7 +91,7 @@ class BlockSession(OnnxRuntimeSession):
         options.log_severity_level = 4
         options.intra_op_num_threads = self.threads
         options.enable_cpu_mem_arena = False  # what a block needed is given back when it is closed
-        folder = (self.artifact.folder / self._spec(next(iter(self.artifact.graphs))).file).parent
+        folder = (self.artifact.folder / self.spec(next(iter(self.artifact.graphs))).file).parent
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder))
         data = _extracted(model, block, values[0]).SerializeToString()
         if self.exact:
@@ -104,7 +104,7 @@ class BlockSession(OnnxRuntimeSession):
 
     def _blocks(self, graph: str) -> tuple[ModelProto, list[Block]]:
         if graph not in self._cut:
-            path = self.artifact.folder / self._spec(graph).file
+            path = self.artifact.folder / self.spec(graph).file
             model = opened(path, self.exact)
             _divide(model.graph, self.nbytes)
             self._cut[graph] = model, cut(model.graph, self.nbytes)

@@ -15,18 +15,16 @@ from __future__ import annotations
 
 import inspect
 import logging
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._library.custom_ops import OPDEFS
-from torch.export.graph_signature import InputKind
 
 from calque.errors import TargetUnavailable, Unsupported, UsageError
+from calque.targets import _aten
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
 
 # The first release that gives an engine's tensors the names it is told; it is built for the torch of the same number.
 INSTALL = "on a machine with an NVIDIA GPU and its driver: pip install 'torch-tensorrt>=2.14', which brings torch 2.14 and TensorRT 11"
-NAMESPACE = "calque"
 
 
 def require() -> None:
@@ -117,28 +114,8 @@ def decomposed(model: TracedModel) -> ExportedProgram:
 
     Its arguments and results are positional, in the order of ``model.inputs`` and ``outputs``.
     """
-    bound = model.copy()
-    bound.keep_outputs(range(len(bound.outputs)))  # all of them, and arguments by position from here on
-    program = bound.program
-    held = [spec for spec in program.graph_signature.input_specs if spec.kind != InputKind.USER_INPUT]
-    for spec, tensor in zip(held, model.bind(), strict=True):
-        assert spec.target is not None
-        if spec.target in program.constants:
-            program.constants[spec.target] = tensor
-        else:
-            parameter = spec.kind == InputKind.PARAMETER
-            program.state_dict[spec.target] = torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch copies a class that it has deprecated
-        written: ExportedProgram = program.run_decompositions(_meanings())
-    return written
-
-
-def _meanings() -> dict[Any, Callable[..., Any]]:
-    """Return the reference of each of our operators, in plain tensor operations, but of the one that becomes a layer."""
-    ours = [definition for definition in OPDEFS.values() if definition._namespace == NAMESPACE]
-    meanings = {each._opoverload: each._init_fn for each in ours if each._opoverload is not torch.ops.calque.write_slots.default}
-    return {**meanings, torch.ops.aten.cumsum.default: _cumsum}
+    whole = (torch.ops.calque.write_slots.default,)  # which becomes a layer
+    return _aten.bind(_aten.to_aten(model, {torch.ops.aten.cumsum.default: _cumsum}, whole), model)
 
 
 def _cumsum(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:

@@ -37,6 +37,7 @@ class ModelIO:
     """What the driver must know of a graph; the stages of one conversion share it.
 
     ``outputs`` are those that are no states. ``depth``: how many layers the config says the model has.
+    ``step``: the graph that takes calls of one new token, where that is another.
     ``rounded``: the session rounds activations to 8 bits. ``routed``: experts are chosen by what came out of that.
     """
 
@@ -49,17 +50,19 @@ class ModelIO:
     precision: str = "fp32"
     rounded: bool = False
     routed: bool = False
+    step: str | None = None
 
     @classmethod
     def of(cls, artifact: Artifact, exact: bool = False) -> ModelIO:
         """Return the IO of the artifact's graph; with ``exact`` of a session that rounds no activations.
 
         Raises:
-            UsageError: the artifact has several graphs.
+            UsageError: the artifact has graphs that no rule chooses from.
         """
-        if len(artifact.graphs) != 1:
-            raise UsageError(f"the parity gate drives artifacts of one graph, this one has {sorted(artifact.graphs)}")
-        [(name, graph)] = artifact.graphs.items()
+        name, step = artifact.graph_for(0), artifact.graph_for(1)
+        if name is None:
+            raise UsageError(f"nobody knows here which graph of {sorted(artifact.graphs)} to call")
+        graph = artifact.graphs[name]
         kept = {state.output for state in artifact.states}
         config = _config_of(artifact.folder)
         pad_id = config.get("pad_token_id")
@@ -74,6 +77,7 @@ class ModelIO:
             _computed_in(artifact),
             not exact and rounds_activations(artifact),
             artifact.passes.get("fuse_experts", 0) > 0 or _chooses_experts(config),
+            step,
         )
 
     @property
@@ -186,7 +190,7 @@ def answers(session: Session, io: ModelIO, scenario: Scenario) -> Iterator[Answe
         plain = _plain_inputs(io, tokens, held, history, number)
         if io.in_slots:
             history = pad(_held(history), "right")
-        outputs = session(io.graph, {**plain, **states})
+        outputs = session(io.step if io.step and tokens.shape[1] == 1 else io.graph, {**plain, **states})
         keep = int(plain[NUM_LOGITS_TO_KEEP]) if NUM_LOGITS_TO_KEEP in plain else None
         answer = Answer(number, call.index, history, call.beyond, keep, outputs)
         yield answer

@@ -29,7 +29,7 @@ ALLOWED = {
     "validation": {"core"},
     "targets": {"core", "passes", "runtime"},  # a target's `open` returns the runtime's session
     # A plug-in's artifact is opened by its own target, found by its entry point.
-    "runtime": {"calque.artifact", "calque.errors", "calque.plugins", "calque.session", "calque.states"},
+    "runtime": {"calque.artifact", "calque.errors", "calque.plugins", "calque.session", "calque.states", "calque.tensors"},
     "recipes": set[str](),
 }
 # `calque validate` opens the artifact it checks; nothing else of validation/ knows where sessions come from.

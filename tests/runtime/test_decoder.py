@@ -211,7 +211,7 @@ def test_artifacts_that_cannot_be_continued_are_refused(tmp_path: Path) -> None:
     strange = replace(spec, inputs=(*spec.inputs, replace(spec.inputs[0], name="pixel_values")))
     for wrong, what in (
         (replace(artifact, states=()), "continues no text"),
-        (replace(artifact, graphs={"a": spec, "b": spec}), "one graph"),
+        (replace(artifact, graphs={"a": spec, "b": spec}), "nobody knows here which graph"),
         (replace(artifact, graphs={"model": strange}), "nobody knows here what to feed"),
     ):
         with pytest.raises(Unsupported, match=what):

@@ -1,0 +1,82 @@
+"""A program in ATen alone: what runtimes read that know no operators of ours.
+
+::
+
+    before  %all = calque.cache_update(%past, %new)    %out = calque.attention(%q, %k, %v, %mask, …)    every calque operator
+    after   %all = aten.cat([%past, %new], 2)          %out = aten.scaled_dot_product_attention(%q, …)   what it means
+
+Operators of ATen stay as they are, linear layers and attention among them: runtimes and compilers know these whole.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.export.graph_signature import InputKind
+
+from calque.ops import decompose_attention
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from calque.traced import TracedModel
+
+NAMESPACE = "calque"
+
+Meaning = Callable[..., Any]
+
+
+def to_aten(model: TracedModel, meanings: Mapping[Any, Meaning] | None = None, whole: Collection[Any] = ()) -> ExportedProgram:
+    """Return the program in ATen, but for the operators ``whole``; its parameters are still fake.
+
+    Its arguments and results are positional, in the order of ``model.inputs`` and ``outputs``. ``meanings``: what operators are
+    written as that a runtime knows better than by their reference, of ours or ATen's.
+    """
+    bare = model.copy()
+    bare.keep_outputs(range(len(bare.outputs)))  # all of them, and arguments by position from here on
+    ours = [each for each in OPDEFS.values() if each._namespace == NAMESPACE and each._opoverload not in whole]
+    table = {**{each._opoverload: each._init_fn for each in ours}, **(meanings or {})}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch copies a class that it has deprecated
+        written: ExportedProgram = bare.program.run_decompositions(table)
+    return written
+
+
+def bind(program: ExportedProgram, model: TracedModel) -> ExportedProgram:
+    """Return the program with every real tensor in the place of its fake; every weight is read."""
+    held = [spec for spec in program.graph_signature.input_specs if spec.kind != InputKind.USER_INPUT]
+    for spec, tensor in zip(held, model.bind(), strict=True):
+        assert spec.target is not None
+        if spec.target in program.constants:
+            program.constants[spec.target] = tensor
+        else:
+            parameter = spec.kind == InputKind.PARAMETER
+            program.state_dict[spec.target] = torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
+    return program
+
+
+def dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None, causal: bool
+) -> Tensor:
+    """Return what ``calque::attention`` does, as ATen's own attention where that can say it."""
+    if softcap > 0 or sinks is not None:
+        return decompose_attention(q, k, v, mask, scale, softcap, sinks, causal)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = _repeated(k, groups), _repeated(v, groups)
+    if mask is None and causal:
+        # Lower right: ATen's own `is_causal` is upper left.
+        ones = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        mask = ones.tril(k.shape[2] - q.shape[2])[None, None]
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _repeated(heads: Tensor, groups: int) -> Tensor:
+    """Return each of the heads [B, H, K, D] so many times in a row, without indices that are computed: [B, H · groups, K, D]."""
+    apart = heads.unsqueeze(2).expand(-1, -1, groups, -1, -1)
+    return apart.reshape(heads.shape[0], heads.shape[1] * groups, heads.shape[2], heads.shape[3])
