@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -240,7 +241,7 @@ def report_text(report: Mapping[str, Any]) -> str:
 
 def choice_table(choice: Mapping[str, Any]) -> str:
     """Return what was measured of each candidate, the one that was picked first, and why others were left out."""
-    rows = []
+    rows: list[Row] = []
     for row in sorted(choice["candidates"], key=lambda row: row.get("cost_ms", math.inf)):
         name = f"{row['target']} (picked)" if row["target"] == choice["picked"] else row["target"]
         if "error" in row:

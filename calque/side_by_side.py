@@ -47,7 +47,8 @@ def compare(
         said[name] = across.answers(target.open(artifact, threads), ModelIO.of(artifact), scenarios)
         if session := targets.exact(target, artifact, threads):
             exact[name] = across.answers(session, ModelIO.of(artifact, exact=True), scenarios)
-    answers = [{**row, "rounded": True} for row in across.apart(said, sigmas := across.sigmas_of(shared))]
+    sigmas = across.sigmas_of(shared)
+    answers = [{**row, "rounded": True} for row in across.apart(said, sigmas)]
     if exact:
         answers += [{**row, "rounded": False} for row in across.apart({**said, **exact}, sigmas)]
     facts = [
