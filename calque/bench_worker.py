@@ -66,9 +66,8 @@ class Encoder:
             "token_type_ids": np.zeros((self.rows, len(prompt)), np.int64),
             "position_ids": np.tile(np.arange(len(prompt), dtype=np.int64), (self.rows, 1)),
         }
-        known |= {
-            spec.name: np.zeros((self.rows, *map(int, spec.shape[1:])), spec.dtype) for spec in self.spec.inputs if spec.name == PIXELS
-        }
+        images = [spec for spec in self.spec.inputs if spec.name == PIXELS and all(isinstance(size, int) for size in spec.shape[1:])]
+        known |= {spec.name: np.zeros((self.rows, *map(int, spec.shape[1:])), spec.dtype) for spec in images}
         if other := [tensor.name for tensor in self.spec.inputs if tensor.name not in known]:
             raise Unsupported(f"nobody knows here what to feed {self.spec.file}", other, "measure encoders of text, or of images")
         feed = {tensor.name: known[tensor.name] for tensor in self.spec.inputs}
