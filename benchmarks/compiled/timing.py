@@ -49,9 +49,8 @@ class Decoding:
     def artifact_ms(self) -> tuple[float, float]:
         """Return milliseconds of the prompt, and of each step after it."""
         self.decoder.reset()
-        steps = iter(range(PROMPT, PROMPT + STEPS))
-        first = timed(lambda: self.decoder(self.ids[:, :PROMPT]))
-        return first, statistics.median(timed(lambda: self.decoder(self.ids[:, at : at + 1])) for at in steps)
+        prompt, *pieces = np.split(self.ids, range(PROMPT, PROMPT + STEPS), axis=1)
+        return timed(partial(self.decoder, prompt)), statistics.median(timed(partial(self.decoder, piece)) for piece in pieces)
 
     def eager_ms(self) -> tuple[float, float]:
         """Return the same of the eager model with its own cache."""
@@ -59,10 +58,10 @@ class Decoding:
 
         cache, ids = DynamicCache(config=self.eager.config), torch.from_numpy(self.ids)
         with torch.inference_mode():
-            first = timed(lambda: self._call(ids[:, :PROMPT], cache))
-            pieces = ids[:, PROMPT:].split(1, dim=1)
-            steps = [timed(partial(self._call, piece, cache)) for piece in pieces]
-        return first, statistics.median(steps)
+            prompt, *pieces = ids.split([PROMPT, *[1] * STEPS], dim=1)
+            return timed(partial(self._call, prompt, cache)), statistics.median(
+                timed(partial(self._call, piece, cache)) for piece in pieces
+            )
 
     def _call(self, ids: torch.Tensor, cache: Any) -> None:
         self.eager(input_ids=ids, past_key_values=cache, use_cache=True)
