@@ -1,7 +1,8 @@
-"""The models of the table of compiled targets: the small ones that engines are built of, and a Llama of 30M parameters for sizes."""
+"""The models of the table of compiled targets: the small ones that engines are built of, and larger ones for sizes and speed."""
 
 from __future__ import annotations
 
+from benchmarks.conversion.shapes import SHAPES
 from benchmarks.engines import models as engines
 from benchmarks.engines.models import GENERATION, SLOTS, Model, written
 
@@ -11,4 +12,10 @@ LLAMA_30M: dict[str, object] = {
     "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 SMALL = ("llama", "qwen3", "gemma3_text", "phi3", "gpt2", "MiniLM-L6", "vit", "quill")
-MODELS = {**{name: engines.MODELS[name] for name in SMALL}, "Llama 30M": Model(GENERATION, SLOTS, written(LLAMA_30M))}
+# Of these, what runs on servers alone is measured.
+LARGE = {"S (135M)": "S", "M (0.5B)": "M"}
+MODELS = {
+    **{name: engines.MODELS[name] for name in SMALL},
+    "Llama 30M": Model(GENERATION, SLOTS, written(LLAMA_30M)),
+    **{name: Model(GENERATION, SLOTS, written(SHAPES[shape].config())) for name, shape in LARGE.items()},
+}

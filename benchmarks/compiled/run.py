@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compiled.models import MODELS
+from benchmarks.compiled.models import LARGE, MODELS
 from benchmarks.compiled.timing import PROMPT
 from benchmarks.conversion.environments import versions
 from benchmarks.conversion.run import machine
@@ -33,6 +33,7 @@ PRECISIONS = {
     "aotinductor": ("fp32", "bf16", "int8", "int4"),
     "coreml": ("fp32", "fp16", "int8", "int4"),
 }
+SERVERS = ("onnxruntime", "torchscript", "aotinductor")
 CELLS = [(target, precision) for target, precisions in PRECISIONS.items() for precision in precisions]
 HEAD = ("model", "target", "precision", "worst, σ", "rounded, σ", "proved by", "files", "of fp32", "load ms", f"first {PROMPT} ms",
         "× eager", "step ms", "× eager", "conversion s")  # fmt: skip
@@ -42,8 +43,8 @@ NOTES = (
     "Each artifact went through the whole gate and was then run beside the eager model it came of, in one process, in turn: a prompt of "
     "64 tokens, and 16 steps of one after it; an encoder's calls have 64 tokens, or an image. *× eager* is how many times as fast as "
     "eager that is, in the median of five rounds. *Load* ends with a first small call. *Files* are those with graph and weights. Models "
-    "are small ones of their type with random weights, MiniLM-L6 of the size that was released, quill the built-in one, and a Llama of "
-    "30M parameters for sizes. Core ML's packages are run by Calque's interpreter of MIL, in numpy, whose times say nothing of a device. "
+    "are small ones of their type with random weights, MiniLM-L6, S and M of the sizes that were released, quill the built-in one, and a "
+    "Llama of 30M parameters for sizes. Core ML's packages are run by Calque's interpreter of MIL, in numpy, whose times say nothing of a device. "
     "Where activations are rounded, *worst* is that of the same file without rounding where its runtime can do so, *rounded* with it. A "
     "cell that failed has its error. Two threads."
 )
@@ -57,7 +58,7 @@ Row = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert and run each and write the results; 1 where one failed."""
     args = parse(arguments)
-    asked = [(name, target, precision) for name in args.models for target, precision in CELLS if target in args.targets]
+    asked = [(name, *cell) for name in args.models for cell in cells(name) if cell[0] in args.targets]
     rows = earlier(args.results)
     for name, target, precision in asked:
         rows = [row for row in rows if (row["model"], row["target"], row["precision"]) != (name, target, precision)]
@@ -66,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(row)
         write(args.results, rows)
     return int(any("error" in row for row in rows))
+
+
+def cells(model: str) -> list[tuple[str, str]]:
+    """Return the targets and precisions of a model; of a large one those that servers run, at 32, 8 and 4 bits."""
+    return [cell for cell in CELLS if model not in LARGE or (cell[0] in SERVERS and cell[1] in ("fp32", "int8", "int4"))]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ import subprocess
 from typing import Any
 
 from benchmarks.compiled.models import MODELS
-from benchmarks.compiled.run import CELLS, HEAD, failure, page, parse
+from benchmarks.compiled.run import CELLS, HEAD, cells, failure, page, parse
 from calque import targets
 
 MACHINE = {"cpu": "a CPU", "cores": 2, "ram_gb": 24, "os": "Linux", "kernel": "6.1"}
@@ -20,6 +20,9 @@ def test_cells_are_precisions_that_targets_have() -> None:
     """All models are asked for unless it is said."""
     assert all(precision in targets.load(target).precisions for target, precision in CELLS)
     assert parse([]).models == list(MODELS)
+    assert cells("llama") == CELLS
+    assert ("coreml", "fp32") not in cells("S (135M)")
+    assert ("aotinductor", "int4") in cells("S (135M)")
 
 
 def test_rows_show_ratios_and_errors() -> None:
