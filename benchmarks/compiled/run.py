@@ -43,10 +43,10 @@ NOTES = (
     "Each artifact went through the whole gate and was then run beside the eager model it came of, in one process, in turn: a prompt of "
     "64 tokens, and 16 steps of one after it; an encoder's calls have 64 tokens, or an image. *× eager* is how many times as fast as "
     "eager that is, in the median of five rounds. *Load* ends with a first small call. *Files* are those with graph and weights. Models "
-    "are small ones of their type with random weights, MiniLM-L6, S and M of the sizes that were released, quill the built-in one, and a "
-    "Llama of 30M parameters for sizes. Core ML's packages are run by Calque's interpreter of MIL, in numpy, whose times say nothing of a device. "
-    "Where activations are rounded, *worst* is that of the same file without rounding where its runtime can do so, *rounded* with it. A "
-    "cell that failed has its error. Two threads."
+    "are small ones of their type with random weights, MiniLM-L6, S and M of the sizes that were released, quill the built-in one, and "
+    "a Llama of 30M parameters for sizes. Core ML's packages are run by Calque's interpreter of MIL, in numpy, whose times say nothing "
+    "of a device. Where activations are rounded, *worst* is that of the same file without rounding where its runtime can do so, "
+    "*rounded* with it. A cell that failed has its error. Two threads."
 )
 THREADS = 2
 # What lies beside graph and weights.
