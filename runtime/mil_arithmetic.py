@@ -38,8 +38,8 @@ def erf_table() -> tuple[Array, Array]:
 
 
 def erf(x: Array) -> Array:
-    """Return the error function of each element, to less than float32 can tell."""
-    return np.copysign(np.interp(np.abs(x), *erf_table()), x).astype(x.dtype)
+    """Return the error function of each element in float64, to less than float32 can tell."""
+    return np.copysign(np.interp(np.abs(x), *erf_table()), x)
 
 
 def sigmoid(x: Array) -> Array:
