@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Build = Callable[..., Any]
+
+f16, f32 = partial(np.array, dtype=np.float16), partial(np.array, dtype=np.float32)
+i8, i16, i32 = partial(np.array, dtype=np.int8), partial(np.array, dtype=np.int16), partial(np.array, dtype=np.int32)
+u8, u32 = partial(np.array, dtype=np.uint8), partial(np.array, dtype=np.uint32)
 
 
 # What coremltools 9.0 does that this Python, PyTorch and numpy warn of.

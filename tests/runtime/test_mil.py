@@ -12,9 +12,9 @@ import torch
 
 from calque.errors import ArtifactUnreadable, CalqueError, TargetUnavailable, Unsupported, UsageError
 from calque.runtime.mil import OPERATORS, MilProgram, MilState, uncovered
-from tests.runtime.mil_packages import assert_close, convert, ct, package, results, save, unwarned
+from tests.runtime.mil_packages import assert_close, convert, ct, f32, i32, package, results, save, unwarned
 
-X = np.float32([[1, -2, 3]])
+X = f32([[1, -2, 3]])
 LENGTH = 8
 
 
@@ -25,6 +25,9 @@ class Masked(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.lowest = lowest
+
+    def layers(self, ids: torch.Tensor, added: torch.Tensor) -> Any:
+        raise NotImplementedError
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
         allowed = torch.ones(1, 1, LENGTH, LENGTH).tril() * mask[:, None, None, :]
@@ -54,8 +57,15 @@ class TinyLlama(Masked):
         from transformers import LlamaConfig, LlamaModel
 
         super().__init__(lowest)
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
-        self.model = LlamaModel(LlamaConfig(num_hidden_layers=2, attn_implementation="eager", **sizes))
+        sizes: Any = {
+            "attn_implementation": "eager",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 64,
+        }
+        self.model = LlamaModel(LlamaConfig(num_hidden_layers=2, **sizes))
 
     def layers(self, ids: torch.Tensor, added: torch.Tensor) -> Any:
         places = torch.arange(LENGTH)[None]
@@ -92,12 +102,13 @@ def test_an_encoder_of_pictures_is_what_pytorch_says(tmp_path: Path) -> None:
     from torch import nn
 
     torch.manual_seed(0)
-    shape = {"kernel_size": 3, "padding": 1}
+    shape: Any = {"kernel_size": 3, "padding": 1}
+    normalised = nn.BatchNorm2d(8)
+    normalised.running_mean = torch.rand(8)
     model = nn.Sequential(
-        nn.Conv2d(3, 8, **shape), nn.BatchNorm2d(8), nn.GELU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, groups=8, **shape), nn.GroupNorm(2, 8),
+        nn.Conv2d(3, 8, **shape), normalised, nn.GELU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, groups=8, **shape), nn.GroupNorm(2, 8),
         nn.AvgPool2d(2), nn.Flatten(), nn.LayerNorm(128), nn.Linear(128, 10), nn.Softmax(-1),
     )  # fmt: skip
-    model[1].running_mean.uniform_()
     picture = torch.randn(1, 3, 16, 16)
     path = convert(model, (picture,), tmp_path / "p.mlpackage")
     (found,) = MilProgram(path)({next(iter(MilProgram(path).inputs)): picture.numpy()}).values()
@@ -174,9 +185,9 @@ def test_branches_and_loops_run_their_blocks(tmp_path: Path) -> None:
             loop_vars=(mb.mul(x=x, y=0.0), np.int32(0)),
         ),
     }
-    path = package(tmp_path / "p.mlpackage", cases, X, np.int32([4]))
+    path = package(tmp_path / "p.mlpackage", cases, X, i32([4]))
     for sign in (1, -1):
-        found = results(path, X * sign, np.int32([4]))
+        found = results(path, X * sign, i32([4]))
         assert_close(found["branch"][0], X + 1 if sign == 1 else X * -2)
         assert_close(found["loop"][0], X * sign * 4)
         assert found["loop"][1].tolist() == 4
@@ -236,7 +247,7 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, given: dict[str, Any
 
 
 def test_whole_numbers_of_64_bits_are_taken_where_they_fit(tmp_path: Path) -> None:
-    program = MilProgram(package(tmp_path / "p.mlpackage", {"y": lambda mb, x: mb.add(x=x, y=1)}, np.int32([1, 2])))
+    program = MilProgram(package(tmp_path / "p.mlpackage", {"y": lambda mb, x: mb.add(x=x, y=1)}, i32([1, 2])))
     assert program({"x": np.array([5, -6])})["y_0"].tolist() == [6, -5]
     with pytest.raises(UsageError, match="does not fit into int32"):
         program({"x": np.array([5, 2**31])})

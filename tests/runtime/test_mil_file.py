@@ -11,9 +11,9 @@ import pytest
 from calque.errors import ArtifactUnreadable, UsageError
 from calque.runtime.mil import MilProgram, uncovered
 from calque.runtime.mil_file import MilFile, Stored, TensorType, read_blob
-from tests.runtime.mil_packages import ct, package, unwarned
+from tests.runtime.mil_packages import ct, f16, f32, i8, i16, i32, package, u8, unwarned
 
-X = np.float32([[1, 2, 3]])
+X = f32([[1, 2, 3]])
 WEIGHT = np.arange(600, dtype=np.float32).reshape(200, 3)
 RANGES = {"uint1": (0, 2), "uint2": (0, 4), "uint3": (0, 8), "uint4": (0, 16), "uint6": (0, 64), "int4": (-8, 8)}
 RANGES |= {"uint8": (0, 256), "int8": (-128, 128), "uint16": (0, 9999), "int16": (-999, 999), "int32": (-(2**31), 2**31 - 1)}
@@ -67,12 +67,12 @@ def test_operators_and_types_are_read(whole: Path) -> None:
 
 def test_immediate_values_of_every_type_are_read(tmp_path: Path) -> None:
     values = {
-        "i": np.int32([-1, 2**31 - 1]),
-        "f": np.float32([1.5, -np.inf]),
-        "h": np.float16([65504, -0.5]),
-        "c": np.int8([-128, 127]),
-        "u": np.uint8([0, 255]),
-        "s": np.int16([-5, 300]),
+        "i": i32([-1, 2**31 - 1]),
+        "f": f32([1.5, -np.inf]),
+        "h": f16([65504, -0.5]),
+        "c": i8([-128, 127]),
+        "u": u8([0, 255]),
+        "s": i16([-5, 300]),
         "b": np.array([True, False]),
     }
     cases = {name: lambda mb, x, value=value: mb.identity(x=mb.const(val=value)) for name, value in values.items()}
@@ -145,7 +145,9 @@ def test_weights_outside_of_the_package_are_not_read(copied: Path) -> None:
 def test_bounds_of_inputs_are_read(tmp_path: Path) -> None:
     from coremltools.converters.mil import Builder as mb
 
-    @mb.program(input_specs=[mb.TensorSpec(shape=(1, ct.RangeDim(2, 5).symbol))], opset_version=ct.target.iOS18)  # type: ignore[untyped-decorator]
+    specs = [mb.TensorSpec(shape=(1, ct.RangeDim(2, 5).symbol))]
+
+    @mb.program(input_specs=specs, opset_version=ct.target.iOS18)  # type: ignore[untyped-decorator]
     def program(x: Any) -> Any:
         return mb.relu(x=x, name="y")
 
@@ -161,7 +163,7 @@ def test_bounds_of_inputs_are_read(tmp_path: Path) -> None:
             )
     opened = MilProgram(tmp_path / "range.mlpackage")
     assert opened.inputs == {"x": ((1, None), np.dtype("float32"))}
-    assert opened({"x": np.float32([[-1, 1]])})["y"].tolist() == [[0, 1]]
+    assert opened({"x": f32([[-1, 1]])})["y"].tolist() == [[0, 1]]
     for length in (1, 6):
         with pytest.raises(UsageError, match="outside of"):
             opened({"x": np.zeros((1, length), np.float32)})

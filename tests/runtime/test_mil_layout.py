@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from calque.errors import Unsupported
-from tests.runtime.mil_packages import assert_close, package, results
+from tests.runtime.mil_packages import assert_close, f16, i32, package, results
 
 GENERATOR = np.random.default_rng(0)
 X = GENERATOR.standard_normal((2, 3, 4, 5)).astype(np.float32)
 T = torch.from_numpy(X)
-ROWS = np.int32([2, 0])
+ROWS = i32([2, 0])
 BATCHED = GENERATOR.integers(0, 4, (2, 3, 2)).astype(np.int32)
-POINTS = np.int32([[1, 0], [0, 2], [1, 0]])
+POINTS = i32([[1, 0], [0, 2], [1, 0]])
 
 MOVED: dict[str, tuple[Any, Any]] = {
     "argsort": (lambda mb, x: mb.argsort(x=x, axis=1, ascending=True), T.argsort(1)),
@@ -116,7 +116,7 @@ def test_operators_that_move_values_equal_pytorch(tmp_path: Path) -> None:
 
 
 def test_values_of_half_precision_are_moved_as_they_are(tmp_path: Path) -> None:
-    x = np.float16([[65504, 6e-8, -1], [0.1, np.inf, 2]])
+    x = f16([[65504, 6e-8, -1], [0.1, np.inf, 2]])
     cases = {"t": lambda mb, x: mb.transpose(x=x, perm=[1, 0]), "c": lambda mb, x: mb.concat(values=[x, x], axis=0)}
     found = results(package(tmp_path / "p.mlpackage", cases, x), x)
     assert found["t"][0].dtype == np.float16
@@ -128,7 +128,7 @@ def test_values_of_half_precision_are_moved_as_they_are(tmp_path: Path) -> None:
 def test_scattered_updates_are_as_documented(tmp_path: Path, mode: str) -> None:
     updates = (GENERATOR.random((2, 2, 4, 5)) + 0.5).astype(np.float32)
     nd = (GENERATOR.random((3, 4, 5)) + 0.5).astype(np.float32)
-    along = np.int32([[2, 0], [1, 3], [0, 2]])
+    along = i32([[2, 0], [1, 3], [0, 2]])
     data = X[0, :, :, 0]
     lines = (GENERATOR.random((3, 2)) + 0.5).astype(np.float32)
     points = POINTS[:2] if mode == "update" else POINTS  # of two updates of one place, which stays is not documented
@@ -138,7 +138,7 @@ def test_scattered_updates_are_as_documented(tmp_path: Path, mode: str) -> None:
         "along": lambda mb, x: mb.scatter_along_axis(data=data, indices=along, updates=lines, axis=1, mode=mode),
     }
     found = results(package(tmp_path / "p.mlpackage", cases, X), X)
-    change = {
+    changes: dict[str, Any] = {
         "update": lambda old, new: new,
         "add": lambda old, new: old + new,
         "sub": lambda old, new: old - new,
@@ -146,7 +146,8 @@ def test_scattered_updates_are_as_documented(tmp_path: Path, mode: str) -> None:
         "div": lambda old, new: old / new,
         "max": np.maximum,
         "min": np.minimum,
-    }[mode]
+    }
+    change = changes[mode]
     scattered, pointed, lined = X.copy(), X.copy(), data.copy()
     for place, row in enumerate(ROWS):
         scattered[:, row] = change(scattered[:, row], updates[:, place])
@@ -193,7 +194,7 @@ def test_space_and_depth_are_exchanged_as_tensorflow_does(tmp_path: Path) -> Non
 @pytest.mark.parametrize("target", ["iOS16", "iOS17"])
 @pytest.mark.parametrize("place", [-1, 3])
 def test_places_outside_of_an_axis_are_refused(tmp_path: Path, target: str, place: int) -> None:
-    indices = np.int32([place])
+    indices = i32([place])
     path = package(tmp_path / "p.mlpackage", {"g": lambda mb, x, y: mb.gather(x=x, indices=y, axis=1)}, X, indices, target=target)
     if target == "iOS16" and place == -1:  # it counted from the end, up to there
         assert_close(results(path, X, indices)["g"][0], X[:, [-1]])
