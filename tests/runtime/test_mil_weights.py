@@ -107,9 +107,11 @@ def compressed(path: Path, kind: str) -> Any:
         "palette3": lambda: tools.OpPalettizerConfig(mode="uniform", nbits=3, weight_threshold=1),
         "palette1": lambda: tools.OpPalettizerConfig(mode="uniform", nbits=1, weight_threshold=1),
         "sparse": lambda: tools.OpMagnitudePrunerConfig(target_sparsity=0.5, weight_threshold=1),
-    }[kind]()
+    }[kind.removeprefix("sparse_")]()
     config = tools.OptimizationConfig(global_config=how)
     make = tools.linear_quantize_weights if "int" in kind else tools.prune_weights if kind == "sparse" else tools.palettize_weights
+    if kind.startswith("sparse_"):
+        return make(compressed(path, "sparse"), config, joint_compression=True)
     cases = {"y": lambda mb, x: mb.linear(x=x, weight=WEIGHT)}
     model = ct.models.MLModel(str(package(path / "plain.mlpackage", cases, X)), skip_model_load=True)
     return make(model, config)
@@ -127,6 +129,8 @@ def compressed(path: Path, kind: str) -> Any:
         ("palette3", "constexpr_lut_to_dense", 0.5),
         ("palette1", "constexpr_lut_to_dense", 2.0),
         ("sparse", "constexpr_sparse_to_dense", 0.6),
+        ("sparse_int8", "constexpr_sparse_blockwise_shift_scale", 0.6),
+        ("sparse_palette4", "constexpr_lut_to_sparse", 0.6),
     ],
 )
 def test_compressed_weights_equal_what_coremltools_makes_of_them(tmp_path: Path, kind: str, operator: str, error: float) -> None:
