@@ -32,6 +32,8 @@ from calque.weights import WeightTable
 from tests.calque.artifact_folder import content, names, write_artifact
 from tests.tiny_models import VOCABULARY, prompt, source_of, traced
 
+pytestmark = pytest.mark.usefixtures("shared_traces")  # tracing is not what is tested here
+
 ONE = {"scenarios": ["single-prompt"]}
 
 
@@ -73,6 +75,7 @@ def test_report_has_every_stage_and_scenario(converted: Artifact) -> None:
     assert {row["status"] for row in report["scenarios"]} == {"passed"}
 
 
+@pytest.mark.usefixtures("own_trace")
 def test_second_conversion_gives_the_same_bytes_in_everything_but_the_report(converted: Artifact, tmp_path: Path) -> None:
     again = pipeline.convert(recipe(), tmp_path / "elsewhere")
     first, second = files(converted.folder), files(again.folder)

@@ -23,6 +23,8 @@ from calque.validation.quality import Baseline, Quality
 from tests.tiny_encoders import save_encoder
 from tests.tiny_models import shared_trace, source_of
 
+pytestmark = pytest.mark.usefixtures("shared_traces")  # tracing is not what is tested here
+
 ONE = {"scenarios": ["single-prompt"]}
 # Of the tiny model: what its int4 costs, what is left with the first layer as int8, and with both.
 AS_PLANNED, ONE_LAYER, BOTH_LAYERS = 0.3, 0.03, 0.003
@@ -150,6 +152,7 @@ def graph_of(artifact: Artifact) -> Any:
     return onnx.load(artifact.folder / "model.onnx", load_external_data=False).graph.node
 
 
+@pytest.mark.usefixtures("own_trace")
 def test_promoting_again_gives_the_same_bytes(promoted: Artifact, tmp_path: Path) -> None:
     again = pipeline.convert(recipe(parity={"max_kl": (ONE_LAYER + AS_PLANNED) / 2}), tmp_path / "out")
     assert again.manifest() == promoted.manifest()  # with the sha256 of every file

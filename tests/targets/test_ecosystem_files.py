@@ -21,6 +21,8 @@ from calque.validation.report import Report
 from tests.ecosystem.decoders import END, PADDING, save_decoder
 from tests.tiny_encoders import save_encoder
 
+pytestmark = pytest.mark.usefixtures("shared_traces")  # tracing is not what is tested here
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -60,6 +62,7 @@ def test_genai_config_says_what_the_graph_and_the_config_say(artifact: Artifact)
     assert [given["logits"], *presents] == [spec.name for spec in graph.outputs]
 
 
+@pytest.mark.usefixtures("own_trace")
 def test_same_recipe_gives_the_same_genai_config(artifact: Artifact, model: Path, tmp_path: Path) -> None:
     again = converted(model, tmp_path / "again")
     assert again.files == artifact.files

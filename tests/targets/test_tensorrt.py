@@ -23,6 +23,8 @@ from calque.targets.tensorrt import TensorRT
 from calque.validation.report import Report
 from tests.tiny_models import TINY, save_random
 
+pytestmark = pytest.mark.usefixtures("shared_traces")  # tracing is not what is tested here
+
 SLOTS = 40
 QUICK = Parity(scenarios=("single-prompt",))
 PACKAGE = {"build.json", "profiles.json", "build_engine.py", "run_engine.py", "trtexec.txt"}
@@ -109,6 +111,7 @@ def test_the_wrong_kind_of_causality_is_caught_by_the_expansion(gemma: Path, mon
     assert (tmp_path / "out.rejected" / "model.trt.onnx").is_file()
 
 
+@pytest.mark.usefixtures("own_trace")
 def test_two_conversions_give_the_same_bytes(gemma: Path, own: Artifact, tmp_path: Path) -> None:
     again = convert(recipe(gemma, options={"sdk": "none", "attention": "trt"}), tmp_path / "again")
     assert dict(again.files) == dict(own.files)
