@@ -18,16 +18,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="module")
 def shared_traces() -> Iterator[None]:
     """Conversions of the module trace a checkpoint once; for tests that look at what comes after."""
-    from tests import shared_traces
+    from tests.shared_traces import shared
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("calque.converters.load", shared_traces.load)
+    with shared():
         yield
-
-
-@pytest.fixture
-def own_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test's conversions trace for themselves, whatever the others of the module do."""
-    from tests import shared_traces
-
-    monkeypatch.setattr("calque.converters.load", shared_traces.own)

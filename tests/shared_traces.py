@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
+
+import pytest
 
 from calque import converters
 
@@ -13,12 +16,28 @@ if TYPE_CHECKING:
     from calque.traced import TracedModel
 
 _TRACES: dict[Hashable, TracedModel] = {}
-own = converters.load
+_load = converters.load
 
 
-def load(task: Task) -> Callable[[ModelSource], TracedModel]:
-    """Return what `converters.load` returns, but that it traces once a process and gives a copy to whom asks again."""
-    trace = own(task)
+def shared() -> AbstractContextManager[None]:
+    """Inside it conversions get a copy of the trace of their checkpoint, which is made once a process."""
+    return _loading(_load_shared)
+
+
+def own_traces() -> AbstractContextManager[None]:
+    """Inside it conversions trace for themselves after all: new nodes of a copied graph have other names, which a file holds."""
+    return _loading(_load)
+
+
+@contextmanager
+def _loading(load: Callable[[Task], Callable[[ModelSource], TracedModel]]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(converters, "load", load)
+        yield
+
+
+def _load_shared(task: Task) -> Callable[[ModelSource], TracedModel]:
+    trace = _load(task)
 
     def once(source: ModelSource) -> TracedModel:
         key = (task, *_content(source))

@@ -152,7 +152,6 @@ def graph_of(artifact: Artifact) -> Any:
     return onnx.load(artifact.folder / "model.onnx", load_external_data=False).graph.node
 
 
-@pytest.mark.usefixtures("own_trace")
 def test_promoting_again_gives_the_same_bytes(promoted: Artifact, tmp_path: Path) -> None:
     again = pipeline.convert(recipe(parity={"max_kl": (ONE_LAYER + AS_PLANNED) / 2}), tmp_path / "out")
     assert again.manifest() == promoted.manifest()  # with the sha256 of every file

@@ -62,7 +62,6 @@ def test_genai_config_says_what_the_graph_and_the_config_say(artifact: Artifact)
     assert [given["logits"], *presents] == [spec.name for spec in graph.outputs]
 
 
-@pytest.mark.usefixtures("own_trace")
 def test_same_recipe_gives_the_same_genai_config(artifact: Artifact, model: Path, tmp_path: Path) -> None:
     again = converted(model, tmp_path / "again")
     assert again.files == artifact.files

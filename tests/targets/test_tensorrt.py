@@ -111,7 +111,6 @@ def test_the_wrong_kind_of_causality_is_caught_by_the_expansion(gemma: Path, mon
     assert (tmp_path / "out.rejected" / "model.trt.onnx").is_file()
 
 
-@pytest.mark.usefixtures("own_trace")
 def test_two_conversions_give_the_same_bytes(gemma: Path, own: Artifact, tmp_path: Path) -> None:
     again = convert(recipe(gemma, options={"sdk": "none", "attention": "trt"}), tmp_path / "again")
     assert dict(again.files) == dict(own.files)
