@@ -14,9 +14,9 @@ from tests.recipes.small_configs import CONFIGS, read_shrunken
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 QUILL = "builtin:quill"
-# What the quick run converts anyway: the same model by another recipe, and the precision elsewhere.
+# Each shares its model with a recipe of the quick run, and its target and precision with another.
 SHOWN = {
-    "quill-onnxruntime-int4", "Llama-3.2-1B-Instruct-tensorrt-int4", "Qwen3-0.6B-onnxruntime-fp32",
+    "quill-onnxruntime-int4", "Llama-3.2-1B-Instruct-onnxruntime-fp32", "Qwen3-0.6B-onnxruntime-fp32",
     "SmolLM2-135M-Instruct-onnxruntime-fp32",
 }  # fmt: skip
 
