@@ -72,30 +72,39 @@ SILENT = {"device": torch.device("cpu"), "layout": torch.strided, "pin_memory": 
 Write = Callable[["Writer", Node], str]
 
 
+def as_it_is(held: Tensor) -> Tensor:
+    """Return a parameter that the module holds as it was."""
+    return held
+
+
 @dataclass(frozen=True)
 class Attribute:
-    """Something that the module holds: made of real tensors by ``make``, kept from being folded into others if ``kept``."""
+    """Something that the module holds: made of real tensors by ``make``, kept from being folded into others if ``kept``.
+
+    ``weight``: the name of the weight whose integers these are.
+    """
 
     parts: tuple[Node, ...]
     make: Callable[..., Any]
     kept: bool = False
+    weight: str = ""
 
 
 @dataclass
 class Writer:
     """Lines of TorchScript, written node by node; ``own`` writes operators that are no operators of ATen.
 
-    ``names``: what a node's value is called; ``attributes``: what the module holds, by name.
+    ``origins``: the node of each line; ``names``: what a node's value is called; ``attributes``: what the module holds, by name.
     """
 
     program: ExportedProgram
     inputs: tuple[str, ...]
     own: Mapping[Any, Write] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
+    origins: list[Node] = field(default_factory=list)
     names: dict[Node, str] = field(default_factory=dict)
     attributes: dict[str, Attribute] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    imports: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         """Know which parameter each placeholder is, and write every node."""
@@ -122,7 +131,7 @@ class Writer:
     def _node(self, node: Node) -> None:
         if node.op == "output":
             values = [self.value(value) for value in node.args[0]]  # type: ignore[union-attr]
-            self.lines.append("return " + (f"({', '.join(values)})" if len(values) > 1 else values[0]))
+            self.line(node, "return " + (f"({', '.join(values)})" if len(values) > 1 else values[0]))
         elif node.op == "get_attr":
             self.names[node] = "None"  # a graph inside the graph: what calls it is refused
         elif node.op == "call_function":
@@ -132,7 +141,7 @@ class Writer:
         target: Any = node.target
         if target in ASSERTIONS:
             return
-        if target in ALIASES or target is aten.clone.default and _lies_the_same(node):
+        if target in ALIASES or (target is aten.clone.default and _lies_the_same(node)):
             self.names[node] = self.value(node.args[0])
         elif target is operator.getitem:
             self._item(node)
@@ -147,10 +156,15 @@ class Writer:
             names = [f"v_{node.name}_{at}" if at in read else "_" for at in range(len(results))]
             if len(results) == 1:
                 expression = f"{expression}[0]"
-            self.lines.append(f"{', '.join(names)} = {expression}")
+            self.line(node, f"{', '.join(names)} = {expression}")
         else:
-            self.lines.append(f"v_{node.name} = {expression}")
+            self.line(node, f"v_{node.name} = {expression}")
         self.names[node] = f"v_{node.name}"
+
+    def line(self, node: Node, text: str) -> None:
+        """Write a line of ``forward`` that comes from a node."""
+        self.lines.append(text)
+        self.origins.append(node)
 
     def _item(self, node: Node) -> None:
         values, at = node.args
@@ -167,8 +181,6 @@ class Writer:
         if target in INFIX:
             return self._of_its_kind(node, f"{self.value(node.args[0])} {INFIX[target]} {self.value(node.args[1])}")
         if target in PREFIX or target in SIZES:
-            if target in (math.ceil, math.floor):
-                self.imports.add("math")
             return (PREFIX.get(target) or SIZES[target]).format(*map(self.value, node.args))
         if target in (aten.item.default, aten._local_scalar_dense.default):
             return self._of_its_kind(node, f"{self.value(node.args[0])}.item()", always=True)
@@ -212,10 +224,16 @@ class Writer:
             self.names[value] = self.attribute(self.held[value.name], (value,), kept=_is_integers(value))
         return self.names[value]
 
-    def attribute(self, name: str, parts: tuple[Node, ...], make: Callable[..., Any] = lambda held: held, kept: bool = False) -> str:
+    def attribute(
+        self, name: str, parts: tuple[Node, ...], make: Callable[..., Any] = as_it_is, kept: bool = False, weight: str = ""
+    ) -> str:
         """Return how the module's own value is read that ``make`` gives of the parameters ``parts``; named after ``name``."""
+        made = Attribute(parts, make, kept, weight)
+        for called, known in self.attributes.items():
+            if known.make is make and known.parts == parts:
+                return f"self.{called}"
         called = next(iter(unique_names((name,), self.attributes)))
-        self.attributes[called] = Attribute(parts, make, kept)
+        self.attributes[called] = made
         return f"self.{called}"
 
 
@@ -253,26 +271,29 @@ def write(program: ExportedProgram, model: TracedModel, own: Mapping[Any, Write]
     return Writer(program, tuple(spec.name for spec in model.inputs), own or {})
 
 
-def compiled(written: Writer, tensors: Mapping[Node, Tensor]) -> torch.jit.ScriptModule:
-    """Return the module that the lines are the ``forward`` of; parameters that are one tensor are one attribute's.
+def compiled(written: Writer, values: Mapping[str, Any]) -> torch.jit.ScriptModule:
+    """Return the module that the lines are the ``forward`` of, with so named values for its attributes.
 
     It has types of its own, so that what is saved does not depend on what was compiled before.
+
+    Raises:
+        RuntimeError: TorchScript refuses a line.
     """
-    unit = torch._C.CompilationUnit()
-    module = torch._C.ScriptModule("__torch__.Model", unit, True)
-    for name, held in written.attributes.items():
-        made = held.make(*(tensors[part] for part in held.parts))
-        inferred = torch._C._jit_try_infer_type(made)
-        module._register_attribute(name, inferred.type(), made.detach() if isinstance(made, Tensor) else made)
-    known = {"torch": torch, "math": math}
+    module = torch._C.ScriptModule("__torch__.Model", torch._C.CompilationUnit(), True)
+    for name, value in values.items():
+        module._register_attribute(name, torch._C._jit_try_infer_type(value).type(), value)
     concrete = torch._C.ConcreteModuleType.from_jit_type(module._type())
-    module._define(concrete, written.source, known.get)
-    made_module: torch.jit.ScriptModule = torch.jit._recursive.wrap_cpp_module(module)
-    return made_module.eval()
+    module._define(concrete, written.source, {"torch": torch, "math": math}.get)
+    made: torch.jit.ScriptModule = torch.jit._recursive.wrap_cpp_module(module)
+    return made.eval()
 
 
 def frozen(written: Writer, tensors: Mapping[Node, Tensor]) -> torch.jit.ScriptModule:
     """Return the module with its weights as constants and what follows of them worked out; integers stay integers."""
+    values = {}
+    for name, held in written.attributes.items():
+        value = held.make(*(tensors[part] for part in held.parts))
+        values[name] = value.detach() if isinstance(value, Tensor) else value
     kept = [name for name, held in written.attributes.items() if held.kept]
-    made: torch.jit.ScriptModule = torch.jit.freeze(compiled(written, tensors), preserved_attrs=kept)
+    made: torch.jit.ScriptModule = torch.jit.freeze(compiled(written, values), preserved_attrs=kept)
     return made

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from calque.runtime.torchscript_session import quiet
 from calque.targets import _torchscript
+from calque.targets._aten import tensors
 from calque.targets._torchscript import Writer
-from calque.targets._torchscript_integers import packing
+from calque.targets._torchscript_integers import by_rows, packing
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,10 @@ def module(written: Writer, model: TracedModel) -> torch.jit.ScriptModule:
     """Return the frozen module; every weight is read."""
     nodes = [node for node in written.program.graph.nodes if node.op == "placeholder" and node.name in written.held]
     with quiet(), packing():
-        return _torchscript.frozen(written, dict(zip(nodes, model.bind(), strict=True)))
+        real = tensors(model)
+        values = {node: real[written.held[node.name]] for node in nodes}
+        by_rows(written, values)
+        return _torchscript.frozen(written, values)
 
 
 def save(written: Writer, model: TracedModel, path: Path) -> None:
