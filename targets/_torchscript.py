@@ -2,11 +2,11 @@
 
 ::
 
-    %size = aten.sym_size.int(%arg_0, 1)               v_size = input_ids.size(1)
-    %total = operator.add(%past, %size)                v_total = v_past + v_size
+    %size = aten.sym_size.int(%arg_0, 1)               size_0 = input_ids.size(1)
+    %total = operator.add(%past, %size)                add_1 = past + size_0
     %halves = aten.split.Tensor(%x, 96, -1)            v_left, v_right = torch.ops.aten.split(v_x, 96, -1)
     %left = operator.getitem(%halves, 0)
-    %turned = aten.view.default(%x, [%size, -1, 24])   v_turned = torch.ops.aten.view(v_x, [v_size, -1, 24])
+    %turned = aten.view.default(%x, [%size, -1, 24])   v_turned = torch.ops.aten.view(v_x, [size_0, -1, 24])
     %p_norm_weight                                     self.model_norm_weight, one attribute for tied ones
     %n = aten.clone.default(%x), where nothing moves   v_x: nothing is written in place, so that no copy is needed
 
@@ -94,7 +94,8 @@ class Attribute:
 class Writer:
     """Lines of TorchScript, written node by node; ``own`` writes operators that are no operators of ATen.
 
-    ``origins``: the node of each line; ``names``: what a node's value is called; ``attributes``: what the module holds, by name.
+    ``origins``: the node of each line; ``names``: what a node's value is called; ``attributes``: what the module holds, by name;
+    ``methods``: others than ``forward``, whole.
     """
 
     program: ExportedProgram
@@ -105,6 +106,7 @@ class Writer:
     names: dict[Node, str] = field(default_factory=dict)
     attributes: dict[str, Attribute] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    methods: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Know which parameter each placeholder is, and write every node."""
@@ -124,9 +126,9 @@ class Writer:
 
     @property
     def source(self) -> str:
-        """The method ``forward``."""
+        """The methods, ``forward`` first."""
         given = "".join(f", {name}: Tensor" for name in self.arguments)
-        return f"def forward(self{given}):\n" + "".join(f"    {line}\n" for line in self.lines)
+        return f"def forward(self{given}):\n" + "".join(f"    {line}\n" for line in self.lines) + "".join(self.methods)
 
     def _node(self, node: Node) -> None:
         if node.op == "output":
@@ -150,16 +152,21 @@ class Writer:
 
     def _assign(self, node: Node, expression: str) -> None:
         """Write a line; of an operator with several results each has a name of its own."""
+        called = self.fresh(node)
         results = node.meta.get("val")
+        self.names[node] = called
         if isinstance(results, list | tuple):
             read = {user.args[1] for user in node.users if user.target is operator.getitem}
-            names = [f"v_{node.name}_{at}" if at in read else "_" for at in range(len(results))]
-            if len(results) == 1:
-                expression = f"{expression}[0]"
-            self.line(node, f"{', '.join(names)} = {expression}")
+            parts = [f"{called}_{at}" if at in read else "_" for at in range(len(results))]
+            self.line(node, f"{', '.join(parts)} = {expression}{'[0]' if len(results) == 1 else ''}")
         else:
-            self.line(node, f"v_{node.name} = {expression}")
-        self.names[node] = f"v_{node.name}"
+            self.line(node, f"{called} = {expression}")
+
+    def fresh(self, node: Node) -> str:
+        """Return a name for a node's value, by its operator and line: names of nodes depend on what was traced before."""
+        target: Any = node.target
+        known = target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "value")
+        return f"{known.strip('_')}_{len(self.lines)}"
 
     def line(self, node: Node, text: str) -> None:
         """Write a line of ``forward`` that comes from a node."""
@@ -295,5 +302,6 @@ def frozen(written: Writer, tensors: Mapping[Node, Tensor]) -> torch.jit.ScriptM
         value = held.make(*(tensors[part] for part in held.parts))
         values[name] = value.detach() if isinstance(value, Tensor) else value
     kept = [name for name, held in written.attributes.items() if held.kept]
+    kept += re.findall(r"^def (\w+)", "".join(written.methods), re.MULTILINE)
     made: torch.jit.ScriptModule = torch.jit.freeze(compiled(written, values), preserved_attrs=kept)
     return made

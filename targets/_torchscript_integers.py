@@ -62,7 +62,7 @@ def write_lookup(writer: Writer, node: Node) -> str:
     assert isinstance(q, Node)
     weight = _weight(writer, q)
     table = writer.attribute(f"{weight}.table", (q,), columns_table if axis else rows_table, kept=True, weight=weight)
-    given, flat, out = writer.value(ids), f"v_{node.name}_ids", node.meta["val"]
+    given, flat, out = writer.value(ids), f"{writer.fresh(node)}_ids", node.meta["val"]
     writer.line(node, f"{flat} = torch.ops.aten.reshape({given}, [-1])")
     scales = f"torch.ops.aten.unsqueeze(torch.ops.aten.index_select({writer.value(scale)}, 0, {flat}), 1)"
     rows = f"torch.ops.aten.mul(torch.ops.aten.dequantize(torch.ops.aten.index_select({table}, 0, {flat})), {scales})"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from calque.artifact import Artifact, GraphSpec
 from calque.choices import QUANTIZED
@@ -26,7 +26,14 @@ FILE = "model.ptl"
 
 @dataclass(frozen=True)
 class TorchScriptLite:
-    """It has no options."""
+    """``bytecode``: the version that the app's PyTorch Mobile reads; 8 is that of 1.13 to 2.1, and of this torch.
+
+    ``prepack``: the Python of an environment whose torch has XNNPACK, 2.12 or older; it makes a second file, with weights laid out
+    for that.
+    """
+
+    bytecode: Literal[5, 6, 7, 8] = 8
+    prepack: str | None = None
 
     name: ClassVar[str] = "torchscript-lite"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
@@ -53,7 +60,7 @@ class TorchScriptLite:
         """Write model.ptl; all weights are in memory."""
         from calque.targets._torchscript_file import save_lite
 
-        save_lite(lowered, model, folder / FILE)
+        save_lite(lowered, model, folder / FILE, self.bytecode)
         return Emitted({"model": GraphSpec(FILE, model.inputs, model.outputs)}, model.limits)
 
     def emission_bytes(self, weights: int) -> int:
