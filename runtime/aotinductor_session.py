@@ -1,0 +1,118 @@
+"""Packages of AOTInductor over one file of weights, which is mapped once, whatever number of packages reads it.
+
+The code of a package has no weights: it is given them before it is run at all, as it crashes the process otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calque.errors import ArtifactUnreadable
+from calque.runtime.artifact_session import REDO
+from calque.runtime.torch_session import TorchSession
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from calque.artifact import Artifact
+    from calque.runtime.torch_session import Run
+
+# The one model in a package, and the file of its weights.
+MODEL = "model"
+WEIGHTS = "model.safetensors"
+
+# safetensors' dtype names, and torch's.
+DTYPES = {
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+class AOTInductorSession(TorchSession):
+    """Runs packages of AOTInductor; states go in and come out."""
+
+    runtime = "AOTInductor"
+
+    def __init__(self, artifact: Artifact, threads: int = 0) -> None:
+        super().__init__(artifact, threads)
+        self._weights: dict[str, Tensor] = {}
+
+    def load(self, path: Path, graph: str) -> Run:
+        """Return what runs the package at ``path``, its weights loaded.
+
+        Raises:
+            ArtifactUnreadable: the weights are missing, cut short, or not those of the package.
+        """
+        from torch._C._aoti import AOTIModelPackageLoader
+
+        weights = self.weights()
+        loader = AOTIModelPackageLoader(str(path), MODEL, False, 1, -1)
+        names = loader.get_constant_fqns()
+        if missing := sorted(set(names) - set(weights)):
+            raise ArtifactUnreadable(f"{WEIGHTS} lacks weights of {path.name}", missing, REDO)
+        loader.load_constants({name: weights[name] for name in names}, False, True, True)
+        run: Run = loader.run
+        return run
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights by name, over the mapped file, the same tensors each time.
+
+        Raises:
+            ArtifactUnreadable: the file is missing or cut short.
+        """
+        if not self._weights:
+            self._weights = mapped(self.artifact.folder / WEIGHTS)
+        return self._weights
+
+
+def mapped(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file by name, over its mapped pages.
+
+    Raises:
+        ArtifactUnreadable: the file is missing, cut short, or no safetensors file.
+    """
+    import torch
+
+    entries, start = header(path)
+    pages: Any = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    tensors = {}
+    for name, entry in entries.items():
+        low, high = entry["data_offsets"]
+        flat = pages[start + low : start + high].view(getattr(torch, DTYPES[entry["dtype"]]))
+        tensors[name] = flat.reshape(entry["shape"])
+    return tensors
+
+
+def header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return what a safetensors file says of its tensors, and where their bytes begin.
+
+    Raises:
+        ArtifactUnreadable: the file is missing, cut short, or no safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            entries = json.loads(file.read(min(length, path.stat().st_size)))
+        entries.pop("__metadata__", None)
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
+        for entry in entries.values():
+            low, high = entry["data_offsets"]
+            if DTYPES[entry["dtype"]] and (high - low) % max(1, math.prod(entry["shape"])):
+                raise ValueError(f"{entry} is of no size that fits")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        why = error.strerror if isinstance(error, OSError) else f"it is no safetensors file: {error}"
+        raise ArtifactUnreadable(f"{path} cannot be read: {why}", fix=REDO) from error
+    if short := max([0, *ends]) + 8 + length - path.stat().st_size:
+        raise ArtifactUnreadable(f"{path} is not whole: it ends {abs(short)} bytes too {'early' if short > 0 else 'late'}", fix=REDO)
+    return entries, 8 + length
