@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # The one model in a package, and the file of its weights.
 MODEL = "model"
 WEIGHTS = "model.safetensors"
+# A weight that is a switch, int8 [1]: whether products with integers round what they read to 8 bits.
+ROUNDS = "calque.rounds"
 
 # safetensors' dtype names, and torch's.
 DTYPES = {
@@ -40,12 +42,13 @@ DTYPES = {
 
 
 class AOTInductorSession(TorchSession):
-    """Runs packages of AOTInductor; states go in and come out."""
+    """Runs packages of AOTInductor; states go in and come out. ``exact``: products round nothing, whatever the artifact's do."""
 
     runtime = "AOTInductor"
 
-    def __init__(self, artifact: Artifact, threads: int = 0) -> None:
+    def __init__(self, artifact: Artifact, threads: int = 0, exact: bool = False) -> None:
         super().__init__(artifact, threads)
+        self._exact = exact
         self._weights: dict[str, Tensor] = {}
 
     def load(self, path: Path, graph: str) -> Run:
@@ -73,6 +76,8 @@ class AOTInductorSession(TorchSession):
         """
         if not self._weights:
             self._weights = mapped(self.artifact.folder / WEIGHTS)
+            if self._exact and ROUNDS in self._weights:
+                self._weights[ROUNDS] = self._weights[ROUNDS] & 0
         return self._weights
 
 

@@ -44,6 +44,18 @@ SAID = 12
 # x86-64-v3: AVX2 and FMA, on every server and desktop since 2013 (Intel) and 2015 (AMD). Source: the x86-64 psABI.
 BASELINES: dict[str, tuple[str, int]] = {"x86_64": ("x86-64-v3", 256), "AMD64": ("x86-64-v3", 256), "aarch64": ("armv8-a", 128)}
 
+# A compiler that says no place: Inductor writes what it compiles to folders whose names are drawn.
+SCRIPT = """#!/bin/sh
+more=
+for each in "$@"; do
+  case "$each" in
+    -shared) more="$more {linked}" ;;
+    *.cpp) more="$more -ffile-prefix-map=$(dirname "$each")=." ;;
+  esac
+done
+exec {real} {flags} "$@" $more
+"""
+
 
 @dataclass(frozen=True)
 class Compiler:
@@ -97,7 +109,7 @@ def compile_package(program: ExportedProgram, package: Path, scratch: Path, comp
         Unsupported: Inductor or the compiler refuses the program, with the last lines of what it said.
     """
     from torch._inductor import aot_compile
-    from torch._inductor.package import package_aoti
+    from torch._inductor.package.package import package_aoti
 
     stood_in(program)
     module = program.module(check_guards=False)
@@ -116,15 +128,11 @@ def _workshop(scratch: Path) -> Iterator[Path]:
 
     real = find_compiler()
     with TemporaryDirectory(dir=scratch, prefix="aotinductor-") as folder, fresh_cache(dir=folder, delete=False):
-        places = {os.path.realpath(folder): ".", folder: ".", str(Path(torch.__file__).parent): "torch"}
-        flags = [f"-ffile-prefix-map={place}={name}" for place, name in places.items()]
+        flags = [f"-ffile-prefix-map={Path(torch.__file__).parent}=torch"]
         # Inductor tells gcc from clang by its name.
         script = Path(folder) / Path(real).name
         linked = "" if platform.system() == "Darwin" else " -Wl,--build-id=none -Wl,-s"
-        script.write_text(
-            f'#!/bin/sh\nfor each in "$@"; do case "$each" in -shared) more="{linked}";; esac; done\n'
-            f'exec {shlex.quote(real)} {shlex.join(flags)} "$@" $more\n'
-        )
+        script.write_text(SCRIPT.format(linked=linked, real=shlex.quote(real), flags=shlex.join(flags)))
         script.chmod(0o755)
         yield script
 
