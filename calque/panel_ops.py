@@ -39,15 +39,15 @@ def lay_scales(scale: Tensor) -> Tensor:
     return filled.reshape(-1, LANES, scale.shape[1]).transpose(1, 2).contiguous()
 
 
-def out_of_panels(panels: Tensor, outputs: int) -> Tensor:
-    """Return signed integers, int8 [out, in], of panels: what `lay_in_panels` was given."""
+def out_of_panels(panels: Tensor) -> Tensor:
+    """Return signed integers, int8 [out, in], of panels: what `lay_in_panels` was given, and the rows that fill the last panel."""
     quads = _quads(panels).transpose(1, 2)
-    return quads.reshape(-1, quads.shape[2] * QUAD)[:outputs].contiguous()
+    return quads.reshape(-1, quads.shape[2] * QUAD)
 
 
-def out_of_scales(panels: Tensor, outputs: int) -> Tensor:
-    """Return scales or zero points [out, groups]: what `lay_scales` was given."""
-    return panels.transpose(1, 2).reshape(-1, panels.shape[1])[:outputs].contiguous()
+def out_of_scales(panels: Tensor) -> Tensor:
+    """Return scales or zero points [out, groups]: what `lay_scales` was given, and zeros for the rows that fill the last panel."""
+    return panels.transpose(1, 2).reshape(-1, panels.shape[1])
 
 
 def _quads(panels: Tensor) -> Tensor:
@@ -82,8 +82,8 @@ def panel_linear(
 
     ``rounds`` int8 [1]: where it is not 0, x is rounded to 8 bits first, each ``block`` of it with a scale of its own.
     """
-    parts = (out_of_scales(part, outputs) if part is not None else None for part in (scale, zero_point))
-    weight = _dequantized(out_of_panels(q, outputs), *parts)  # type: ignore[arg-type]
+    zeros = None if zero_point is None else out_of_scales(zero_point)
+    weight = _dequantized(out_of_panels(q), out_of_scales(scale), zeros)[:outputs]
     given = round_blocks(x, block) if rounds is not None and bool(rounds) else x
     return torch.nn.functional.linear(given, weight, bias)
 
@@ -108,9 +108,9 @@ def panel_lookup(ids: Tensor, q: Tensor, scale: Tensor, zero_point: Tensor | Non
     """Return the rows, float32 [*ids, in], that ids ask for of a table whose integers lie in panels."""
     flat = ids.reshape(-1)
     panel, lane = flat // LANES, flat % LANES
-    parts = (part[panel, :, lane] if part is not None else None for part in (scale, zero_point))
+    zeros = None if zero_point is None else zero_point[panel, :, lane]
     rows = q[panel, :, lane].unsqueeze(2)  # [rows, steps, 1, 4]
-    numbers = _dequantized(_quads(rows).flatten(1), *parts)  # type: ignore[arg-type]
+    numbers = _dequantized(_quads(rows).flatten(1), scale[panel, :, lane], zeros)
     return numbers.reshape(*ids.shape, -1)
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calque.errors import ArtifactUnreadable
+from calque.errors import ArtifactUnreadable, TargetUnavailable
 from calque.runtime.artifact_session import REDO
 from calque.runtime.torch_session import TorchSession
 
@@ -27,6 +28,8 @@ WEIGHTS = "model.safetensors"
 # A weight that is a switch, int8 [1]: whether products with integers round what they read to 8 bits.
 ROUNDS = "calque.rounds"
 
+# What x86 processors have of vectors, each as well as those before it.
+WIDTHS = ("", "AVX2", "AVX512")
 # safetensors' dtype names, and torch's.
 DTYPES = {
     "F32": "float32",
@@ -56,10 +59,12 @@ class AOTInductorSession(TorchSession):
 
         Raises:
             ArtifactUnreadable: the weights are missing, cut short, or not those of the package.
+            TargetUnavailable: the package was compiled for another processor.
         """
         from torch._C._aoti import AOTIModelPackageLoader
 
         weights = self.weights()
+        _require_processor(AOTIModelPackageLoader.load_metadata_from_package(str(path), MODEL), path)
         loader = AOTIModelPackageLoader(str(path), MODEL, False, 1, -1)
         names = loader.get_constant_fqns()
         if missing := sorted(set(names) - set(weights)):
@@ -79,6 +84,24 @@ class AOTInductorSession(TorchSession):
             if self._exact and ROUNDS in self._weights:
                 self._weights[ROUNDS] = self._weights[ROUNDS] & 0
         return self._weights
+
+
+def _require_processor(metadata: dict[str, str], path: Path) -> None:
+    """Leave quietly if this processor has what the package was compiled for: what it has not would end the process.
+
+    Raises:
+        TargetUnavailable: it is of another kind, or older.
+    """
+    import torch
+
+    machine, vectors = metadata.get("AOTI_MACHINE", ""), metadata.get("AOTI_CPU_ISA", "").split()[:1]
+    here = torch.backends.cpu.get_cpu_capability()
+    wanted = vectors[0] if vectors else ""
+    if machine not in ("", platform.machine()) or (wanted in WIDTHS and WIDTHS.index(here if here in WIDTHS else "") < WIDTHS.index(wanted)):
+        raise TargetUnavailable(
+            f"{path.name} was compiled for {machine} with {wanted or 'no vectors'}, this is {platform.machine()} with {here}",
+            fix="convert the model on a machine of this kind, or without march: native",
+        )
 
 
 def mapped(path: Path) -> dict[str, Tensor]:

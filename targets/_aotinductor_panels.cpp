@@ -16,6 +16,9 @@
 #include <immintrin.h>
 #endif
 
+// Inductor compiles the code that it stands in with few optimizations; loops over lanes and rows must be unrolled.
+#pragma GCC push_options
+#pragma GCC optimize("O3")
 namespace calque {
 
 struct Product {
@@ -103,7 +106,7 @@ inline void plain_panel(const Product& p, int64_t panel) {
 #define CALQUE_LOST_VNNI 128
 
 #define CALQUE_FOUR(at) _mm256_set1_epi32(four(at))
-inline int32_t four(const int8_t* at) {
+__attribute__((always_inline)) inline int32_t four(const int8_t* at) {
   int32_t all;
   std::memcpy(&all, at, 4);
   return all;
@@ -318,6 +321,7 @@ inline void multiply(Product p, bool rounds) {
 }
 
 }  // namespace calque
+#pragma GCC pop_options
 
 extern "C" AOTITorchError aoti_torch_cpu_panel_linear(
     AtenTensorHandle x, AtenTensorHandle q, AtenTensorHandle scale, AtenTensorHandle* zero_point, AtenTensorHandle* bias,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,7 @@ def unite(program: ExportedProgram, model: TracedModel) -> dict[str, torch.Tenso
     return kept
 
 
-def write(file: Path, model: TracedModel, kept: dict[str, torch.Tensor]) -> int:
+def write(file: Path, model: TracedModel, kept: Mapping[str, torch.Tensor]) -> int:
     """``file`` holds the weights of those names; return how many bytes it has.
 
     Raises:
