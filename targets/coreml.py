@@ -1,0 +1,200 @@
+"""Core ML: one ``.mlpackage`` for iOS 18 and macOS 15, from the graph straight into MIL.
+
+::
+
+    model.mlpackage      a program of MIL and its weights; functions ``main``, or ``prefill`` and ``decode`` over the same weights
+
+What Core ML would run is run here by an interpreter of MIL; on macOS by Core ML itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from calque.artifact import DECODE, PREFILL, Artifact, Check, GraphSpec
+from calque.choices import NARROW, QUANTIZED, Requirement
+from calque.errors import TargetUnavailable, UsageError
+from calque.passes import Pass
+from calque.targets import Built, Emitted, Problem, optional_rows, package_rows
+from calque.traced import TracedModel, source_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from calque.session import Session
+    from calque.targets._coreml_function import Rule
+
+# Where neither recipe nor model says how long a row may become: Core ML wants a bound.
+LONGEST = 2048
+NOT_HERE = "Core ML runs on macOS and iOS alone"
+
+
+@dataclass(frozen=True)
+class CoreML:
+    """``cache``: ``flat`` takes past keys and values and gives the grown ones; ``stateful`` keeps them in Core ML's own states.
+
+    ``functions``: one for all calls, or ``split``: prefill, and decode of a single token, over the same weights.
+    ``weights``: integers of 4 bits as they are (``linear``), or as places in a table of all their levels (``palettized``).
+    ``max_batch``: how many rows a call may have; a state holds one.
+    """
+
+    cache: Literal["flat", "stateful"] = "flat"
+    functions: Literal["one", "split"] = "one"
+    weights: Literal["linear", "palettized"] = "linear"
+    max_batch: int = 8
+
+    def __post_init__(self) -> None:
+        """Refuse a batch of nothing."""
+        if self.max_batch < 1:
+            raise ValueError(f"max_batch: {self.max_batch} rows; 1 or more expected")
+
+    name: ClassVar[str] = "coreml"
+    precisions: ClassVar[tuple[str, ...]] = ("fp16", "fp32", "int8", "int4")
+    packages: ClassVar[tuple[str, ...]] = ("coremltools",)
+
+    def require(self, needed: Requirement | None) -> None:
+        """Leave quietly if coremltools is here, and Core ML where a build or an execution is needed.
+
+        Raises:
+            TargetUnavailable: it is not.
+        """
+        try:
+            import coremltools  # noqa: F401
+        except ImportError as error:
+            raise TargetUnavailable(f"coremltools cannot be imported: {error}", fix="pip install 'calque[coreml]'") from error
+        if needed and sys.platform != "darwin":
+            raise TargetUnavailable(f"--require {needed}: {NOT_HERE}", fix="convert on a Mac, or copy the artifact there and validate it")
+
+    def passes(self, precision: str) -> tuple[Pass, ...]:
+        """Return the passes of this target, in order.
+
+        Raises:
+            UsageError: an option that the precision does not go with.
+        """
+        from calque.passes.cache_dynamic import CacheDynamic
+        from calque.passes.cache_static import CacheStatic
+        from calque.passes.cast_precision import CastPrecision
+        from calque.passes.drop_zero_bias import DropZeroBias
+        from calque.passes.fuse_gelu import FuseGelu
+        from calque.passes.fuse_layer_norm import FuseLayerNorm
+        from calque.passes.fuse_rms_norm import FuseRmsNorm
+        from calque.passes.fuse_rotary import FuseRotary
+        from calque.passes.quantize_weights import QuantizeWeights
+        from calque.passes.simplify_shapes import SimplifyShapes
+
+        if self.cache == "stateful" and precision == "fp32":
+            raise UsageError("Core ML's states are float16: precision: fp32 has none", fix="set cache: flat, or precision: fp16")
+        if self.weights == "palettized" and precision != "int4":
+            raise UsageError(f"weights: palettized belongs to precision: int4, not to {precision}", fix="leave one of the two out")
+        quantized = precision in QUANTIZED
+        narrow = "float16" if quantized else NARROW.get(precision)
+        return (
+            *((QuantizeWeights(**QUANTIZED[precision]),) if quantized else ()),  # first, while parameters have the checkpoint's names
+            DropZeroBias(),  # an addition less for each
+            FuseGelu(),  # MIL's own operator
+            FuseRmsNorm(),  # five operators a norm become one
+            FuseLayerNorm(),  # MIL's own operator
+            FuseRotary(),  # no slices that are computed
+            CacheStatic() if self.cache == "stateful" else CacheDynamic(),
+            SimplifyShapes(),  # shapes that are read, not reckoned
+            *((CastPrecision(narrow),) if narrow else ()),  # last: casts stand between what others look for
+        )
+
+    def problems(self, model: TracedModel) -> list[Problem]:
+        """Return the nodes that have no translation, and inputs that Core ML cannot bound."""
+        rules = _rules()
+        nodes = [node for node in model.graph.nodes if node.op == "call_function" and _is_value(node)]
+        missing = [node for node in nodes if node.target not in rules]
+        fix = "use a model without it"
+        found = [Problem(node.name, *source_of(node), f"{node.target} has no translation to MIL", fix) for node in missing]
+        if model.states and self.cache == "flat" and model.limits.padding != "any":
+            why = "Core ML has no empty past, and a masked slot in its place would be padding on the left, which this model does not take"
+            found.append(Problem(model.states[0].input, "", "", why, "set cache: stateful"))
+        return found
+
+    def lower(self, model: TracedModel) -> Any:
+        """Return the program of MIL, its weights in memory, and the parameter of each of its constexpr operators."""
+        from calque.targets._coreml_function import Building, Shared
+        from calque.targets._coreml_package import program, quiet
+
+        shared = Shared(palettized=self.weights == "palettized")
+        with quiet():
+            functions = {each.name: Building(model, each, shared, _rules()).build() for each in self._signatures(model)}
+            return program(model, functions), shared.integers
+
+    def _signatures(self, model: TracedModel) -> list[Any]:
+        """Return how each function is called."""
+        from calque.targets._coreml_function import Signature
+
+        longest = model.limits.max_length or model.trained_length or LONGEST
+        stateful = self.cache == "stateful" and bool(model.states)
+        bounds = {
+            "batch_size": (1, self.max_batch),
+            "sequence_length": (1, longest),
+            "past_sequence_length": (1, longest),
+            "total_sequence_length": (2, 2 * longest),
+        }
+        fixed = {"batch_size": 1} if stateful or self.max_batch == 1 else {}
+        if self.functions == "one" or not model.states:
+            return [Signature("main", fixed, bounds, stateful)]
+        return [Signature(PREFILL, fixed, bounds, stateful), Signature(DECODE, {**fixed, "sequence_length": 1}, bounds, stateful)]
+
+    def emit(self, lowered: Any, model: TracedModel, folder: Path) -> Emitted:
+        """Write the package."""
+        from calque.targets._coreml_package import PACKAGE, write
+
+        made, integers = lowered
+        write(made, folder / PACKAGE, integers)
+        graph = GraphSpec(PACKAGE, model.inputs, model.outputs)
+        names = {"main": "model"}
+        return Emitted({names.get(name, name): graph for name in made.functions}, model.limits)
+
+    def emission_bytes(self, weights: int) -> int:
+        """Return about how much memory writing takes of so many bytes of weights."""
+        return 2 * weights
+
+    def open(self, artifact: Artifact, threads: int = 0) -> Session:
+        """Return a session of the interpreter of MIL; of Core ML on macOS."""
+        from calque.runtime.coreml_session import CoreMLSession
+
+        return CoreMLSession(artifact, threads)
+
+    def builder_bytes(self, weights: int) -> int:
+        """Return about how much memory compiling takes of so many bytes of weights."""
+        return 2 * weights
+
+    def build(self, artifact: Artifact, load: Callable[[], TracedModel], room: int | None) -> Built:
+        """Return what compiling the package for Core ML came to; here it is not run but on macOS."""
+        if sys.platform != "darwin":
+            left_out = Check("not_run", None, f"{NOT_HERE}; numbers were proved by an interpreter of MIL")
+            return Built(left_out, left_out)
+        from calque.targets._coreml_build import build
+
+        return build(artifact)
+
+    def doctor(self) -> list[tuple[str, str, str]]:
+        """Return the packages that emitting and proving take."""
+        return [*package_rows({"torch": "to convert"}), *optional_rows({"coremltools": "writes Core ML packages"})]
+
+
+def _rules() -> Mapping[Any, Rule]:
+    from calque.targets._coreml_package import quiet
+
+    with quiet():
+        from calque.targets._coreml_operators import OPERATORS
+        from calque.targets._coreml_semantic import SEMANTIC
+        from calque.targets._coreml_shapes import SHAPES
+    return {**OPERATORS, **SHAPES, **SEMANTIC}
+
+
+def _is_value(node: Any) -> bool:
+    """Return whether a node gives values: lengths are reckoned where they are read, assertions say nothing of the result."""
+    import torch
+
+    return not isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | int | None)
+
+
+TARGET = CoreML
