@@ -1,18 +1,19 @@
 """What an ONNX file says of its graph, read without the onnx package and without its weights.
 
-Source: onnx.proto of onnx@1.20 for the numbers of the fields; protobuf's wire format for how they are written.
+Source: onnx.proto of onnx@1.20 for the numbers of the fields.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calque.errors import ArtifactUnreadable
+from calque.runtime.wire import fields, parts, text, varints
 
 if TYPE_CHECKING:
     from calque.states import StateSpec
@@ -22,7 +23,6 @@ BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12:
 BITS |= {kind: 8 for kind in (17, 18, 19, 20, 24)} | {kind: 4 for kind in (21, 22, 23)} | {25: 2, 26: 2}
 # Operators that read some rows of their first input, the table, and never all of it.
 LOOKUPS = ("Gather", "GatherBlockQuantized")
-VARINT, EIGHT_BYTES, LENGTH, FOUR_BYTES = 0, 1, 2, 5
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class OnnxFile:
     def _of(cls, data: memoryview) -> OnnxFile:
         weights: dict[str, int] = {}
         nodes = []
-        for graph in _parts(data, 7):
-            weights |= dict(_weight(part) for part in _parts(graph, 5))
-            nodes += [_node(part) for part in _parts(graph, 1)]
+        for graph in parts(data, 7):
+            weights |= dict(_weight(part) for part in parts(graph, 5))
+            nodes += [_node(part) for part in parts(graph, 1)]
         if not nodes:
             raise ValueError("it holds no graph")
         return cls(weights, tuple(nodes))
@@ -101,72 +101,22 @@ def _grows_in_place(node: Node, follows: dict[str, str]) -> bool:
 def _weight(tensor: memoryview) -> tuple[str, int]:
     dims: list[int] = []
     name, kind = "", 0
-    for number, value in _fields(tensor):
+    for number, value in fields(tensor):
         if number == 1:
-            dims += [value] if isinstance(value, int) else _varints(value)
+            dims += [value] if isinstance(value, int) else varints(value)
         elif number == 2 and isinstance(value, int):
             kind = value
         elif number == 8:
-            name = _text(value)
+            name = text(value)
     return name, (math.prod(dims) * BITS.get(kind, 0) + 7) // 8
 
 
 def _node(node: memoryview) -> Node:
     names: dict[int, list[str]] = {1: [], 2: [], 4: []}
     subgraphs = False
-    for number, value in _fields(node):
+    for number, value in fields(node):
         if number in names:
-            names[number].append(_text(value))
+            names[number].append(text(value))
         elif number == 5 and not isinstance(value, int):
-            subgraphs |= any(field in (6, 11) for field, _ in _fields(value))
+            subgraphs |= any(field in (6, 11) for field, _ in fields(value))
     return Node("".join(names[4]), tuple(names[1]), tuple(names[2]), subgraphs)
-
-
-def _text(value: int | memoryview) -> str:
-    if isinstance(value, int):
-        raise ValueError("a number stands where a name is expected")
-    return bytes(value).decode("utf-8")
-
-
-def _parts(data: memoryview, wanted: int) -> Iterator[memoryview]:
-    return (value for number, value in _fields(data) if number == wanted and not isinstance(value, int))
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Yield the number and value of each field: a whole number, or the bytes of anything else."""
-    place = 0
-    while place < len(data):
-        key, place = _varint(data, place)
-        if key & 7 == VARINT:
-            value, place = _varint(data, place)
-            yield key >> 3, value
-            continue
-        if key & 7 == LENGTH:
-            size, place = _varint(data, place)
-        elif key & 7 in (EIGHT_BYTES, FOUR_BYTES):
-            size = 8 if key & 7 == EIGHT_BYTES else 4
-        else:
-            raise ValueError(f"no field begins with {key}")
-        if place + size > len(data):
-            raise ValueError("it ends in the middle of a field")
-        yield key >> 3, data[place : place + size]
-        place += size
-
-
-def _varints(data: memoryview) -> list[int]:
-    found, place = [], 0
-    while place < len(data):
-        value, place = _varint(data, place)
-        found.append(value)
-    return found
-
-
-def _varint(data: memoryview, place: int) -> tuple[int, int]:
-    """Return the whole number at a place, and the place after it."""
-    value = shift = 0
-    while True:
-        byte = data[place]
-        value |= (byte & 127) << shift
-        place, shift = place + 1, shift + 7
-        if byte < 128:
-            return value, place
