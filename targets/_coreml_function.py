@@ -13,7 +13,6 @@ MIL has no integers of 64 bits; what is int64 in the graph is int32. Source: the
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from torch.fx import Node
 from torch.utils._sympy import functions as lengths
 
 from calque.errors import Unsupported
+from calque.runtime.coreml_session import io_name
 from calque.traced import TracedModel, source_of
 
 if TYPE_CHECKING:
@@ -46,11 +46,6 @@ PRIMITIVES = {np.float32: types.fp32, np.float16: types.fp16, np.int32: types.in
 INT32 = np.iinfo(np.int32)
 
 Rule = Callable[..., Any]
-
-
-def io_name(name: str) -> str:
-    """Return a name of the artifact as Core ML takes it: ``past_key_values_0_key``."""
-    return re.sub(r"\W", "_", name)
 
 
 @dataclass(frozen=True)
@@ -251,13 +246,15 @@ class Building:
         """Return a node's operands in the type that torch would compute in, numbers as numbers."""
         assert self.node is not None
         tensors = [value.meta["val"] if isinstance(value, Node) else value for value in values]
-        tensors = [1 if isinstance(value, torch.SymInt) else value for value in tensors]
+        tensors = [1 if isinstance(value, torch.SymInt) else value for value in tensors]  # of which only the type is asked
         dtype = torch.result_type(tensors[0], tensors[1]) if len(tensors) > 1 else tensors[0].dtype
         return [self.as_type(self.value(value), dtype) for value in values]
 
     def value(self, argument: Any) -> Any:
         """Return what an argument of a node is here: a value for a node, a length for a symbol, else as it is."""
         if isinstance(argument, Node):
+            if isinstance(argument.meta.get("val"), torch.SymInt | int):
+                return self.scalar(argument.meta["val"])
             if argument not in self.values:
                 self.values[argument] = self._parameter(argument)
             return self.values[argument]

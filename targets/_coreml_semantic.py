@@ -16,7 +16,8 @@ from coremltools.converters.mil.mil import types
 from torch.fx import Node
 
 from calque import expert_ops, ops, quantized_ops, slot_ops  # noqa: F401  # register torch.ops.calque, which the table names
-from calque.targets._coreml_function import Building, Rule, io_name
+from calque.runtime.coreml_session import io_name
+from calque.targets._coreml_function import Building, Rule
 from calque.targets._coreml_operators import FLOAT, dtype_of
 from calque.targets._coreml_shapes import reshaped
 

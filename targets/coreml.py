@@ -61,8 +61,11 @@ class CoreML:
         Raises:
             TargetUnavailable: it is not.
         """
+        from calque.targets._coreml_package import quiet
+
         try:
-            import coremltools  # noqa: F401
+            with quiet():
+                import coremltools  # noqa: F401
         except ImportError as error:
             raise TargetUnavailable(f"coremltools cannot be imported: {error}", fix="pip install 'calque[coreml]'") from error
         if needed and sys.platform != "darwin":
