@@ -95,7 +95,7 @@ class CoreMLSession(ArtifactSession):
 
 
 def _rows(inputs: Mapping[str, NDArray[np.generic]]) -> int:
-    return next(iter(inputs.values())).shape[0]
+    return len(next(iter(inputs.values())))
 
 
 def _one_slot(past: NDArray[np.generic]) -> tuple[int, ...]:
@@ -135,7 +135,7 @@ def _loaded(path: Path, function: str | None) -> Run:
         raise ArtifactUnreadable(f"Core ML refuses {path}: {error}", fix=REDO) from error
 
     def run(inputs: Arrays, states: Arrays) -> Arrays:
-        held = model.make_state() if states else None
+        held: Any = model.make_state() if states else None
         for name, array in states.items():
             held.write_state(name, array)
         try:

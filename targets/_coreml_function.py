@@ -157,7 +157,7 @@ class Building:
                 continue
             if size not in self.numbers:
                 low, high = self.signature.bounds[str(name)]
-                self.numbers[size] = RangeDim(low, high, default=low, symbol=f"{name}_{self.signature.name}")
+                self.numbers[size] = RangeDim(low, high, default=low)
             shape.append(self.numbers[size])
         if state:
             wrapped = TensorType(shape=tuple(shape), dtype=dtype)

@@ -120,7 +120,7 @@ def cumsum(f: Building, node: Node, x: Any, dim: int, dtype: Any = None) -> Any:
     return mb.cumsum(x=f.as_type(f.value(x), dtype_of(node)), axis=dim % rank(x))
 
 
-def topk(f: Building, node: Node, x: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> list[Any]:  # noqa: A002
+def topk(f: Building, node: Node, x: Any, k: int, dim: int = -1, largest: bool = True, *_: Any) -> list[Any]:
     """Return the largest values and their places."""
     return list(mb.topk(x=f.value(x), k=k, axis=dim % rank(x), ascending=not largest))
 
@@ -158,8 +158,8 @@ def _exchanged(node: Any) -> Node | None:
         axes = [axis % size for axis in node.args[1]]  # type: ignore[union-attr,operator]
         if axes != [*range(size - 2), size - 1, size - 2]:
             return None
-    found: Any = node.args[0]
-    return found
+    found = node.args[0]
+    return found if isinstance(found, Node) else None
 
 
 def addmm(f: Building, node: Node, bias: Any, x: Any, y: Any, beta: Any = 1, alpha: Any = 1) -> Any:
@@ -174,7 +174,9 @@ def embedding(f: Building, node: Node, weight: Any, ids: Any, *_: Any) -> Any:
     return mb.gather(x=f.value(weight), indices=f.value(ids), axis=0)
 
 
-def layer_norm(f: Building, node: Node, x: Any, shape: Sequence[int], weight: Any = None, bias: Any = None, epsilon: float = 1e-5, *_: Any) -> Any:
+def layer_norm(
+    f: Building, node: Node, x: Any, shape: Sequence[int], weight: Any = None, bias: Any = None, epsilon: float = 1e-5, *_: Any
+) -> Any:
     """Return the values normed over the last axes."""
     value, dtype = f.value(x), dtype_of(node)
     gamma, beta = (None if part is None else f.as_type(f.value(part), dtype) for part in (weight, bias))
@@ -205,12 +207,14 @@ def convolution(f: Building, node: Node, x: Any, weight: Any, bias: Any = None, 
                    dilations=_pair(dilation), groups=groups, **more)  # fmt: skip
 
 
-def max_pool(f: Building, node: Node, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil: bool = False) -> Any:
+def max_pool(
+    f: Building, node: Node, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil: bool = False
+) -> Any:
     """Return the largest values of windows."""
     if _pair(dilation) != [1, 1] or ceil:
         raise ValueError("a dilated pool, or one that rounds up, is not translated")
-    top, left = _pair(padding)
-    return mb.max_pool(x=f.value(x), kernel_sizes=_pair(kernel), strides=_pair(stride or kernel), pad_type="custom", pad=[top, top, left, left])
+    (top, left), steps = _pair(padding), _pair(stride or kernel)
+    return mb.max_pool(x=f.value(x), kernel_sizes=_pair(kernel), strides=steps, pad_type="custom", pad=[top, top, left, left])
 
 
 def adaptive_pool(f: Building, node: Node, x: Any, size: Any) -> Any:
@@ -306,6 +310,7 @@ OPERATORS: Mapping[Any, Rule] = {
     aten._to_copy.default: to_copy,
     aten.neg.default: negative,
     aten.abs.default: unary(mb.abs),
+    aten.sign.default: unary(mb.sign),
     aten.exp.default: unary(mb.exp),
     aten.log.default: unary(mb.log, epsilon=np.float32(1e-45)),
     aten.sqrt.default: unary(mb.sqrt),

@@ -15,16 +15,19 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import NAMESPACE_URL, uuid5
 
+import numpy as np
+
+from calque.runtime.mil_file import MilFile, Named, Stored
+
 if TYPE_CHECKING:
     from coremltools.converters.mil.mil import Function
 
-    from calque.traced import TracedModel
 
 PACKAGE = "model.mlpackage"
 DATA = "Data/com.apple.CoreML"
@@ -43,19 +46,24 @@ PASSES = (
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep coremltools' notes on versions of packages that it was not tested with, and on types, off the user's terminal."""
-    logger = logging.getLogger("coremltools")
-    level, before = logger.level, logging.root.manager.disable
-    logging.disable(logging.WARNING)  # its own logger gets a level and a handler when it is imported
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # its own logger gets its level and a handler only when it is imported
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
-        logger.setLevel(level)
 
 
-def program(model: TracedModel, functions: dict[str, Function]) -> Any:
+def fresh_names() -> None:
+    """Operators are numbered from 0 again: names of one program do not depend on those before it."""
+    from coremltools.converters.mil.mil import Builder
+
+    Builder.name_count.clear()
+
+
+def program(functions: dict[str, Function]) -> Any:
     """Return the functions as one program, cleaned."""
     from coremltools.converters.mil.mil import Program
     from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
@@ -98,6 +106,27 @@ def _manifest(name: str) -> dict[str, Any]:
     }
 
 
-def operators(made: Any) -> Sequence[str]:
-    """Return the operators that a program has, constants left out."""
-    return sorted({op.op_type for function in made.functions.values() for op in function.operations if op.op_type != "const"})
+def integers(package: Path) -> dict[str, tuple[Any, Any]]:
+    """Return q, int8 [out, in], and scale [out, groups] of every weight that the package holds as integers, by the parameter's name."""
+    with quiet():
+        from coremltools.proto import Model_pb2
+
+    model = Model_pb2.Model.FromString((package / DATA / "model.mlmodel").read_bytes())
+    names = json.loads(model.description.metadata.userDefined.get(INTEGERS, "{}"))
+    function = next(iter(MilFile.read(package).functions.values()))
+    made = {operation.outputs[0][0]: operation for operation in function.block.operations if operation.outputs}
+    found = {}
+    for output, parameter in names.items():
+        parts = {name: value for name, (value, *_) in made[output].inputs.items()}
+        held, scale = parts["data"], _loaded(parts["scale"])
+        if isinstance(held, Named):  # of a table of all levels
+            places = made[held.name].inputs
+            q = _loaded(places["lut"][0]).reshape(-1)[_loaded(places["indices"][0])]
+        else:
+            q = _loaded(held)
+        found[parameter] = (np.array(q, np.int8), np.array(scale))
+    return found
+
+
+def _loaded(value: Any) -> Any:
+    return value.load() if isinstance(value, Stored) else value

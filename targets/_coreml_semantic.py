@@ -77,9 +77,7 @@ def _written(f: Building, node: Node, q: Any, k: Any, v: Any, mask: Any, scale: 
         # Adding it to zeros of the rows' shape broadcasts it there.
         zeros = mb.mul(x=mb.reduce_max(x=scores, axes=[-1], keep_dims=True), y=np.float32(0))
         beside = mb.softmax(x=mb.concat(values=[scores, mb.add(x=zeros, y=heads)], axis=3), axis=-1)
-        weights = mb.slice_by_index(
-            x=beside, begin=[0] * 4, end=[0, 0, 0, -1], begin_mask=[True] * 4, end_mask=[True, True, True, False]
-        )
+        weights = mb.slice_by_index(x=beside, begin=[0] * 4, end=[0, 0, 0, -1], begin_mask=[True] * 4, end_mask=[True, True, True, False])
     return mb.matmul(x=f.as_type(weights, dtype), y=v)
 
 

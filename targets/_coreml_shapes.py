@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import getitem
 from typing import Any
 
@@ -150,7 +150,7 @@ def arange(f: Building, node: Node, *numbers: Any, **_: Any) -> Any:
 
 def full(f: Building, node: Node, *arguments: Any, **_: Any) -> Any:
     """Return a shape filled with one number; the number is the second argument, where there is one."""
-    packet = getattr(node.target, "overloadpacket", None)
+    packet: Any = getattr(node.target, "overloadpacket", None)
     number = {aten.zeros: 0, aten.ones: 1, aten.new_zeros: 0, aten.new_ones: 1, aten.zeros_like: 0, aten.ones_like: 1}.get(packet)
     if number is None:
         number = arguments[2] if packet is aten.new_full else arguments[1]
@@ -170,19 +170,32 @@ def scalar_tensor(f: Building, node: Node, number: Any, **_: Any) -> Any:
 
 def index_select(f: Building, node: Node, x: Any, axis: int, places: Any) -> Any:
     """Return what stands at some places of an axis."""
-    return mb.gather(x=f.value(x), indices=f.value(places), axis=axis % rank(x))
+    return _looked_up(f, node, x, lambda value: mb.gather(x=value, indices=f.value(places), axis=axis % rank(x)))
 
 
 def index(f: Building, node: Node, x: Any, places: Sequence[Any]) -> Any:
     """Return what stands at places of one axis, or of the first ones together."""
     named = [(axis, place) for axis, place in enumerate(places) if place is not None]
     if len(named) == 1:
-        return mb.gather(x=f.value(x), indices=f.value(named[0][1]), axis=named[0][0])
+        return index_select(f, node, x, *named[0])
     if [axis for axis, _ in named] != list(range(len(named))):
         raise ValueError("places of axes that do not follow each other are not translated")
-    sizes = [f.dim(size) for size in torch.broadcast_shapes(*(place.meta["val"].shape for _, place in named))]
+    shapes = [place.meta["val"].shape for _, place in named]
+    sizes = [f.dim(size) for size in torch.broadcast_shapes(*shapes)]  # type: ignore[no-untyped-call]
     apart = [_broadcast(f, place, sizes) for _, place in named]
-    return mb.gather_nd(x=f.value(x), indices=mb.stack(values=apart, axis=len(sizes)))
+    return _looked_up(f, node, x, lambda value: mb.gather_nd(x=value, indices=mb.stack(values=apart, axis=len(sizes))))
+
+
+def gather(f: Building, node: Node, x: Any, axis: int, places: Any, **_: Any) -> Any:
+    """Return for each place what stands there along an axis."""
+    return _looked_up(f, node, x, lambda value: mb.gather_along_axis(x=value, indices=f.value(places), axis=axis % rank(x)))
+
+
+def _looked_up(f: Building, node: Node, x: Node, found: Callable[[Any], Any]) -> Any:
+    """Return what is looked up in a value; in MIL truths cannot be, so they are numbers meanwhile."""
+    truths = dtype_of(node) == torch.bool
+    value = found(f.as_type(f.value(x), torch.int32 if truths else dtype_of(node)))
+    return f.as_type(value, dtype_of(node))
 
 
 def _broadcast(f: Building, node: Node, sizes: Sequence[Any]) -> Any:
@@ -192,9 +205,9 @@ def _broadcast(f: Building, node: Node, sizes: Sequence[Any]) -> Any:
     return mb.add(x=f.value(node), y=mb.fill(shape=f.shape(sizes, inferred=False), value=np.int32(0)))
 
 
-def gather(f: Building, node: Node, x: Any, axis: int, places: Any, **_: Any) -> Any:
-    """Return for each place what stands there along an axis."""
-    return mb.gather_along_axis(x=f.value(x), indices=f.value(places), axis=axis % rank(x))
+def unchanged(f: Building, node: Node, x: Any, **_: Any) -> Any:
+    """Return the value itself."""
+    return f.value(x)
 
 
 SHAPES: Mapping[Any, Rule] = {
@@ -226,5 +239,7 @@ SHAPES: Mapping[Any, Rule] = {
     aten.index_select.default: index_select,
     aten.index.Tensor: index,
     aten.gather.default: gather,
-    **dict.fromkeys((aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default), lambda f, node, x, **_: f.value(x)),
+    **dict.fromkeys(
+        (aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default), lambda f, node, x, **_: f.value(x)
+    ),
 }

@@ -10,11 +10,11 @@ What Core ML would run is run here by an interpreter of MIL; on macOS by Core ML
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from calque.artifact import DECODE, PREFILL, Artifact, Check, GraphSpec
+from calque.artifact import DECODE, NUM_LOGITS_TO_KEEP, PREFILL, Artifact, Check, GraphSpec
 from calque.choices import NARROW, QUANTIZED, Requirement
 from calque.errors import TargetUnavailable, UsageError
 from calque.passes import Pass
@@ -22,10 +22,9 @@ from calque.targets import Built, Emitted, Problem, optional_rows, package_rows
 from calque.traced import TracedModel, source_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from calque.session import Session
-    from calque.targets._coreml_function import Rule
 
 # Where neither recipe nor model says how long a row may become: Core ML wants a bound.
 LONGEST = 2048
@@ -107,26 +106,35 @@ class CoreML:
         )
 
     def problems(self, model: TracedModel) -> list[Problem]:
-        """Return the nodes that have no translation, and inputs that Core ML cannot bound."""
-        rules = _rules()
-        nodes = [node for node in model.graph.nodes if node.op == "call_function" and _is_value(node)]
-        missing = [node for node in nodes if node.target not in rules]
-        fix = "use a model without it"
-        found = [Problem(node.name, *source_of(node), f"{node.target} has no translation to MIL", fix) for node in missing]
+        """Return the nodes that have no translation, and inputs that Core ML cannot take."""
+        from calque.targets._coreml_rules import untranslated
+
+        found = [
+            Problem(node.name, *source_of(node), f"{node.target} has no translation to MIL", "use a model without it")
+            for node in untranslated(model)
+        ]
+        if any(spec.name == NUM_LOGITS_TO_KEEP for spec in model.inputs):
+            why = "a length that a call's values decide has no bounds"
+            found.append(
+                Problem(NUM_LOGITS_TO_KEEP, "", "", why, "leave --logits dynamic out; --logits last gives those of the last position")
+            )
         if model.states and self.cache == "flat" and model.limits.padding != "any":
-            why = "Core ML has no empty past, and a masked slot in its place would be padding on the left, which this model does not take"
+            why = "Core ML has no empty past; the masked slot in its place is padding on the left, which this model does not take"
             found.append(Problem(model.states[0].input, "", "", why, "set cache: stateful"))
         return found
 
     def lower(self, model: TracedModel) -> Any:
         """Return the program of MIL, its weights in memory, and the parameter of each of its constexpr operators."""
-        from calque.targets._coreml_function import Building, Shared
-        from calque.targets._coreml_package import program, quiet
+        from calque.targets._coreml_package import fresh_names, program, quiet
+        from calque.targets._coreml_rules import rules, translatable
 
-        shared = Shared(palettized=self.weights == "palettized")
         with quiet():
-            functions = {each.name: Building(model, each, shared, _rules()).build() for each in self._signatures(model)}
-            return program(model, functions), shared.integers
+            from calque.targets._coreml_function import Building, Shared
+
+            fresh_names()
+            shared, whole = Shared(palettized=self.weights == "palettized"), translatable(model)
+            functions = {each.name: Building(whole, each, shared, rules()).build() for each in self._signatures(model)}
+            return program(functions), shared.integers
 
     def _signatures(self, model: TracedModel) -> list[Any]:
         """Return how each function is called."""
@@ -181,23 +189,6 @@ class CoreML:
     def doctor(self) -> list[tuple[str, str, str]]:
         """Return the packages that emitting and proving take."""
         return [*package_rows({"torch": "to convert"}), *optional_rows({"coremltools": "writes Core ML packages"})]
-
-
-def _rules() -> Mapping[Any, Rule]:
-    from calque.targets._coreml_package import quiet
-
-    with quiet():
-        from calque.targets._coreml_operators import OPERATORS
-        from calque.targets._coreml_semantic import SEMANTIC
-        from calque.targets._coreml_shapes import SHAPES
-    return {**OPERATORS, **SHAPES, **SEMANTIC}
-
-
-def _is_value(node: Any) -> bool:
-    """Return whether a node gives values: lengths are reckoned where they are read, assertions say nothing of the result."""
-    import torch
-
-    return not isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | int | None)
 
 
 TARGET = CoreML
