@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calque.errors import CalqueError, Unsupported, UsageError
+from calque.errors import ArtifactUnreadable, CalqueError, Unsupported, UsageError
 from calque.runtime.mil_arithmetic import ARITHMETIC, Array, Kernel
 from calque.runtime.mil_file import TYPES, Block, Feature, Function, MilFile, Named, Operation, Stored, TensorType
 from calque.runtime.mil_layout import LAYOUT
@@ -68,6 +68,9 @@ class MilProgram:
         self.outputs: tuple[str, ...] = chosen.block.outputs
         with np.errstate(all="ignore"):
             self._plan = _Plan(chosen.block, {}, {})
+        if self._plan.reads:
+            what = f"{self.package}, function {function}, reads values that nothing gives"
+            raise ArtifactUnreadable(what, sorted(self._plan.reads), "convert the model again")
 
     @property
     def inputs(self) -> dict[str, tuple[tuple[int | None, ...], np.dtype[Any]]]:

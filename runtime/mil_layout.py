@@ -324,7 +324,7 @@ LAYOUT: dict[str, Kernel] = {
     "pad": pad,
     "pixel_shuffle": pixel_shuffle,
     "pixel_unshuffle": pixel_unshuffle,
-    "range_1d": lambda start, end, step: np.arange(start, end, step),
+    "range_1d": lambda start, end, step: np.arange(start.item(), end.item(), step.item()),
     "reshape": reshape,
     "reshape_like": reshape_like,
     "reverse": lambda x, axes=None: np.flip(x, None if axes is None else tuple(ints(axes))),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from calque.errors import TargetUnavailable
 from calque.runtime.mil_arithmetic import Array, Kernel
 from calque.runtime.mil_layout import ints
 
@@ -28,11 +29,22 @@ def paddings(x: Array, window: list[int], strides: list[int], pad_type: str, pad
     return found
 
 
+def pytorch() -> Any:
+    """Return PyTorch.
+
+    Raises:
+        TargetUnavailable: it is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise TargetUnavailable("convolutions of MIL are computed by PyTorch", [str(error)], "pip install torch") from error
+    return torch
+
+
 def tensor(x: Array) -> Any:
     """Return PyTorch's view of an array; of one that may not be written, like a weight in its file, a copy."""
-    import torch
-
-    return torch.from_numpy(x if x.flags.writeable else x.copy())
+    return pytorch().from_numpy(x if x.flags.writeable else x.copy())
 
 
 def conv(
@@ -46,9 +58,7 @@ def conv(
     groups: Any = 1,
 ) -> Array:
     """Return the convolution of x, of one to three spatial axes."""
-    import torch
-
-    rank = x.ndim - 2
+    torch, rank = pytorch(), x.ndim - 2
     steps = [1] * rank if strides is None else ints(strides)
     spread = [1] * rank if dilations is None else ints(dilations)
     window = [(size - 1) * step + 1 for size, step in zip(weight.shape[2:], spread, strict=True)]
@@ -70,9 +80,7 @@ def conv_transpose(
     groups: Any = 1,
 ) -> Array:
     """Return the transposed convolution of x: all of it, then what padding cuts off before, up to the length of the result."""
-    import torch
-
-    rank = x.ndim - 2
+    torch, rank = pytorch(), x.ndim - 2
     steps = [1] * rank if strides is None else ints(strides)
     spread = [1] * rank if dilations is None else ints(dilations)
     run = [torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d][rank - 1]

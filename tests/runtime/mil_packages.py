@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,44 @@ if TYPE_CHECKING:
 
 Build = Callable[..., Any]
 
+f16, f32 = partial(np.array, dtype=np.float16), partial(np.array, dtype=np.float32)
+i8, i16, i32 = partial(np.array, dtype=np.int8), partial(np.array, dtype=np.int16), partial(np.array, dtype=np.int32)
+u8, u32 = partial(np.array, dtype=np.uint8), partial(np.array, dtype=np.uint32)
+
+
+# What coremltools 9.0 does that this Python, PyTorch and numpy warn of.
+WARNED: tuple[tuple[str, type[Warning]], ...] = (
+    ("Implicitly cleaning up", ResourceWarning),  # it leaves temporary folders of weights to the garbage collector
+    ("Function _TORCH_OPS_REGISTRY.__contains__ is deprecated", DeprecationWarning),  # its own
+    (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
+    ("overflow encountered in cast", RuntimeWarning),  # it makes the least float32 an infinite float16
+)
+
 
 @contextmanager
 def unwarned() -> Iterator[None]:
-    """Let coremltools leave its temporary folders of weights to the garbage collector, which warns of them."""
+    """Ignore what coremltools is warned of."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Implicitly cleaning up", ResourceWarning)
+        for message, category in WARNED:
+            warnings.filterwarnings("ignore", message, category)
         yield
+
+
+def convert(module: Any, given: tuple[Any, ...], path: Path, precision: str = "FLOAT32") -> Path:
+    """Save a PyTorch module, exported, as coremltools converts it by its defaults; its output is ``y``."""
+    import torch
+
+    with torch.no_grad(), unwarned():
+        exported = torch.export.export(module.eval(), given).run_decompositions({})
+        ct.convert(
+            exported,
+            outputs=[ct.TensorType("y")],
+            minimum_deployment_target=ct.target.iOS18,
+            compute_precision=getattr(ct.precision, precision),
+            skip_model_load=True,
+            package_dir=str(path),
+        )
+    return path
 
 
 def save(program: Any, path: Path, target: str = "iOS18") -> Path:

@@ -10,13 +10,13 @@ import torch
 from torch.nn import functional as F
 
 from calque.runtime.mil_arithmetic import erf
-from tests.runtime.mil_packages import assert_close, package, results
+from tests.runtime.mil_packages import assert_close, f16, f32, i32, package, results
 
 GENERATOR = np.random.default_rng(0)
 X = (GENERATOR.standard_normal((2, 3, 4, 5)) * 2).astype(np.float32)
 Y = (GENERATOR.random((3, 1, 5)) + 0.5).astype(np.float32)
 T, TY = torch.from_numpy(X), torch.from_numpy(Y)
-SMALL = np.float32([0.5, 1.5, -0.25])
+SMALL = f32([0.5, 1.5, -0.25])
 
 # Of each operator: how coremltools builds it, and what PyTorch gives.
 UNARY: dict[str, tuple[Any, Any]] = {
@@ -119,7 +119,7 @@ def test_elementwise_operators_and_reductions_equal_pytorch(tmp_path: Path, case
 
 
 def test_whole_numbers_are_divided_as_c_and_python_do(tmp_path: Path) -> None:
-    x, y = np.int32([7, -7, 8, 2**31 - 1]), np.int32([2, 2, -3, 1])
+    x, y = i32([7, -7, 8, 2**31 - 1]), i32([2, 2, -3, 1])
     cases = {
         "floor_div": lambda mb, x, y: mb.floor_div(x=x, y=y),
         "mod": lambda mb, x, y: mb.mod(x=x, y=y),
@@ -152,8 +152,8 @@ def test_products_equal_pytorch(tmp_path: Path) -> None:
 
 
 def test_normalisations_equal_pytorch(tmp_path: Path) -> None:
-    gamma, beta = SMALL, np.float32([1, 0, -1])
-    mean, variance = np.float32([0.1, 0.2, 0.3]), np.float32([1, 2, 3])
+    gamma, beta = SMALL, f32([1, 0, -1])
+    mean, variance = f32([0.1, 0.2, 0.3]), f32([1, 2, 3])
     scale, shift = (torch.from_numpy(part) for part in (gamma, beta))
     wide = np.linspace(0.5, 2, 20, dtype=np.float32).reshape(4, 5)
     cases: dict[str, tuple[Any, Any]] = {
@@ -190,13 +190,13 @@ def test_attention_equals_pytorch(tmp_path: Path, masked: str) -> None:
     cases = {"a": lambda mb, q, k, v: mb.scaled_dot_product_attention(query=q, key=k, value=v, **extra)}
     found = results(package(tmp_path / "p.mlpackage", cases, query, key, value), query, key, value)["a"][0]
     given = None if mask is None else torch.from_numpy(mask)
-    expected = F.scaled_dot_product_attention(*map(torch.from_numpy, (query, key, value)), attn_mask=given)
+    expected = F.scaled_dot_product_attention(torch.from_numpy(query), torch.from_numpy(key), torch.from_numpy(value), given)
     assert_close(found, expected, 1e-5)
 
 
 def test_half_precision_is_rounded_once_after_each_operator(tmp_path: Path) -> None:
     half = X.astype(np.float16)
-    big = np.float16([[300, 250, 2], [1, 1, 1]])
+    big = f16([[300, 250, 2], [1, 1, 1]])
     cases = {
         "square": lambda mb, x, y: mb.square(x=y),
         "mean": lambda mb, x, y: mb.reduce_mean(x=y, axes=[1]),
@@ -216,5 +216,5 @@ def test_the_error_function_is_as_good_as_float32_can_tell() -> None:
     x = np.linspace(-7, 7, 10001)
     exact = np.array([math.erf(value) for value in x])
     assert np.abs(erf(x) - exact).max() < 2e-9
-    near = np.float32([1e-30, -1e-7, 0, math.inf, -math.inf, math.nan])
-    np.testing.assert_allclose(erf(near), np.float32([math.erf(value) for value in near]), rtol=1e-6)
+    near = f32([1e-30, -1e-7, 0, math.inf, -math.inf, math.nan])
+    np.testing.assert_allclose(erf(near), f32([math.erf(value) for value in near]), rtol=1e-6)
