@@ -48,6 +48,17 @@ class CoreMLSession(ArtifactSession):
         self.by = CORE_ML if sys.platform == "darwin" else INTERPRETER
         self._open: dict[str, Run] = {}
 
+    def open_all(self) -> None:
+        """Every graph is open, and can be run.
+
+        Raises:
+            Unsupported: the interpreter has no kernel for operators of the package, which are named.
+            ArtifactUnreadable: the package is damaged, or Core ML refuses it.
+            TargetUnavailable: on macOS, coremltools is not installed.
+        """
+        for graph in self.artifact.graphs:
+            self._opened(graph)
+
     def run(self, graph: str, inputs: Mapping[str, NDArray[np.generic]]) -> Arrays:
         """Return every output of ``graph`` by name, its inputs unchecked.
 

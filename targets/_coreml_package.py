@@ -12,6 +12,7 @@ Source: coremltools/converters/mil/converter.py and converters/mil/backend/mil/l
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import warnings
@@ -75,7 +76,17 @@ def program(functions: dict[str, Function]) -> Any:
     made.export_as_multifunction = len(functions) > 1
     for name in PASSES:
         PASS_REGISTRY[name](made)
+    for function in functions.values():
+        _share_constants(function)
     return made
+
+
+def _share_constants(function: Function) -> None:
+    """Give constants that are no weights names of their values, by which those of several functions are written once."""
+    for op in function.operations:
+        if op.op_type == "const" and op.weight_id is None and isinstance(op.outputs[0].val, np.ndarray):
+            value = np.ascontiguousarray(op.outputs[0].val)
+            op.weight_id = f"{op.outputs[0].dtype.__name__}{value.shape}{hashlib.sha256(value).hexdigest()}"
 
 
 def write(made: Any, package: Path, integers: dict[str, str]) -> None:

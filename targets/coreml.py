@@ -132,8 +132,8 @@ class CoreML:
             from calque.targets._coreml_function import Building, Shared
 
             fresh_names()
-            shared, whole = Shared(palettized=self.weights == "palettized"), translatable(model)
-            functions = {each.name: Building(whole, each, shared, rules()).build() for each in self._signatures(model)}
+            shared, whole, table = Shared(palettized=self.weights == "palettized"), translatable(model), rules()
+            functions = {each.name: Building(whole, each, shared, table).build() for each in self._signatures(model)}
             return program(functions), shared.integers
 
     def _signatures(self, model: TracedModel) -> list[Any]:
@@ -168,10 +168,22 @@ class CoreML:
         return 2 * weights
 
     def open(self, artifact: Artifact, threads: int = 0) -> Session:
-        """Return a session of the interpreter of MIL; of Core ML on macOS."""
+        """Return a session of the interpreter of MIL; of Core ML on macOS.
+
+        Raises:
+            Unsupported: the interpreter has no kernel for operators of the package: what could not be proved is refused.
+        """
         from calque.runtime.coreml_session import CoreMLSession
 
-        return CoreMLSession(artifact, threads)
+        session = CoreMLSession(artifact, threads)
+        session.open_all()
+        return session
+
+    def integers(self, artifact: Artifact) -> dict[str, tuple[Any, Any]]:
+        """Return q, int8 [out, in], and scale [out, groups] of every weight that is held as integers, by the parameter's name."""
+        from calque.targets._coreml_package import PACKAGE, integers
+
+        return integers(artifact.folder / PACKAGE)
 
     def builder_bytes(self, weights: int) -> int:
         """Return about how much memory compiling takes of so many bytes of weights."""
