@@ -201,7 +201,7 @@ class Building:
         }  # fmt: skip
         operator = operators.get(type(expr))
         if operator is None:
-            raise ValueError(f"the length {expr} cannot be reckoned")
+            raise ValueError(f"the length {expr} depends on the values of a call")
         whole, *rest = [np.array([part], np.int32) if isinstance(part, int) else part for part in parts]
         for part in rest:
             whole = operator(x=whole, y=part)

@@ -23,6 +23,7 @@ from calque.targets._coreml_shapes import reshaped
 
 calque = torch.ops.calque
 LOWEST = np.float32(np.finfo(np.float32).min)
+HIDDEN = -3e4
 # What one value of 4 bits may be, in the order of its indices.
 LEVELS = np.arange(-8, 8, dtype=np.int8)
 
@@ -40,8 +41,22 @@ def attention(f: Building, node: Node, q: Any, k: Any, v: Any, mask: Any, scale:
     times = scale * math.sqrt(size)
     if not math.isclose(times, 1, rel_tol=1e-6):
         query = mb.mul(x=query, y=f.as_type(times, dtype))
-    shown = {} if seen is None else {"attn_mask": seen}
+    shown = {} if seen is None else {"attn_mask": seen if mask is None or _shows_its_own(mask) else _bias(f, seen, dtype)}
     return mb.scaled_dot_product_attention(query=query, key=key, value=value, **shown)
+
+
+def _shows_its_own(mask: Any) -> bool:
+    """Return whether each query sees a key at least, as masks do that say what they mean."""
+    return bool(mask.target is calque.attention_mask.default and mask.args[2] != "custom")
+
+
+def _bias(f: Building, mask: Any, dtype: torch.dtype) -> Any:
+    """Return what hides keys by being added to scores. Of a query that sees none, scores that are all -inf would be NaN.
+
+    It is far from the end of float16, so that no sum is infinite, and below it no share is left.
+    """
+    hidden = mb.logical_not(x=mask)
+    return mb.mul(x=f.as_type(hidden, dtype), y=f.as_type(HIDDEN, dtype))
 
 
 def _repeated(f: Building, heads: Any, node: Node, times: int) -> Any:

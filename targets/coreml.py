@@ -51,7 +51,7 @@ class CoreML:
             raise ValueError(f"max_batch: {self.max_batch} rows; 1 or more expected")
 
     name: ClassVar[str] = "coreml"
-    precisions: ClassVar[tuple[str, ...]] = ("fp16", "fp32", "int8", "int4")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8", "int4")
     packages: ClassVar[tuple[str, ...]] = ("coremltools",)
 
     def require(self, needed: Requirement | None) -> None:

@@ -172,7 +172,7 @@ def test_every_node_that_mil_cannot_say_is_a_problem_with_its_place() -> None:
 def test_what_has_no_rule_is_written_in_what_has() -> None:
     model, target = traced("llama"), make("coreml", {})
     for node in user_nodes(model.graph.nodes, torch.ops.aten.silu.default):
-        node.target = torch.ops.aten.mish.default
+        node.target = torch.ops.aten.hardswish.default
     package = write(model)
     assert package.worst("model", prompt(model, 6)) < 1e-4
     assert target.problems(model) == []
