@@ -26,6 +26,11 @@ INTERPRETER, CORE_ML = "MIL interpreter", "Core ML"
 MAIN = "main"
 
 
+def on_mac() -> bool:
+    """Return whether Core ML itself is here."""
+    return sys.platform == "darwin"
+
+
 def io_name(name: str) -> str:
     """Return a name of the artifact as Core ML takes it: ``past_key_values_0_key``."""
     return re.sub(r"\W", "_", name)
@@ -45,7 +50,7 @@ class CoreMLSession(ArtifactSession):
 
     def __init__(self, artifact: Artifact, threads: int = 0) -> None:
         super().__init__(artifact, threads)
-        self.by = CORE_ML if sys.platform == "darwin" else INTERPRETER
+        self.by = CORE_ML if on_mac() else INTERPRETER
         self._open: dict[str, Run] = {}
 
     def open_all(self) -> None:

@@ -9,7 +9,6 @@ What Core ML would run is run here by an interpreter of MIL; on macOS by Core ML
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -18,6 +17,7 @@ from calque.artifact import DECODE, NUM_LOGITS_TO_KEEP, PREFILL, Artifact, Check
 from calque.choices import NARROW, QUANTIZED, Requirement
 from calque.errors import TargetUnavailable, UsageError
 from calque.passes import Pass
+from calque.runtime.coreml_session import on_mac
 from calque.targets import Built, Emitted, Problem, optional_rows, package_rows
 from calque.traced import TracedModel, source_of
 
@@ -67,7 +67,7 @@ class CoreML:
                 import coremltools  # noqa: F401
         except ImportError as error:
             raise TargetUnavailable(f"coremltools cannot be imported: {error}", fix="pip install 'calque[coreml]'") from error
-        if needed and sys.platform != "darwin":
+        if needed and not on_mac():
             raise TargetUnavailable(f"--require {needed}: {NOT_HERE}", fix="convert on a Mac, or copy the artifact there and validate it")
 
     def passes(self, precision: str) -> tuple[Pass, ...]:
@@ -191,12 +191,12 @@ class CoreML:
 
     def build(self, artifact: Artifact, load: Callable[[], TracedModel], room: int | None) -> Built:
         """Return what compiling the package for Core ML came to; here it is not run but on macOS."""
-        if sys.platform != "darwin":
+        if not on_mac():
             left_out = Check("not_run", None, f"{NOT_HERE}; numbers were proved by an interpreter of MIL")
             return Built(left_out, left_out)
-        from calque.targets._coreml_build import build
+        from calque.targets import _coreml_build
 
-        return build(artifact)
+        return _coreml_build.build(artifact)
 
     def doctor(self) -> list[tuple[str, str, str]]:
         """Return the packages that emitting and proving take."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from calque.artifact import Artifact, GraphSpec, Limits, TensorSpec
 from calque.errors import ArtifactUnreadable, TargetUnavailable, UsageError
+from calque.runtime import coreml_session
 from calque.runtime.coreml_session import CORE_ML, INTERPRETER, CoreMLSession, function_name, io_name
 from calque.states import StateSpec
 from tests.runtime import mil_packages
@@ -82,7 +83,7 @@ def core_ml(monkeypatch: pytest.MonkeyPatch) -> None:
     models = types.ModuleType("coremltools.models")
     models.MLModel = FakeModel  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "coremltools.models", models)
-    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr(coreml_session, "on_mac", lambda: True)
 
 
 def call(rows: int, held: int, size: int = 2) -> Arrays:
@@ -131,14 +132,14 @@ def test_what_core_ml_refuses_is_said(tmp_path: Path) -> None:
 
 
 def test_a_mac_without_coremltools_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr(coreml_session, "on_mac", lambda: True)
     monkeypatch.setitem(sys.modules, "coremltools.models", None)
     with pytest.raises(TargetUnavailable, match="coremltools cannot be imported"):
         CoreMLSession(artifact(tmp_path)).open_all()
 
 
 def test_elsewhere_the_interpreter_runs_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr(coreml_session, "on_mac", lambda: False)
     made = artifact(tmp_path)
     shutil.rmtree(tmp_path / "model.mlpackage")
     doubled = {"logits": lambda mb, x: mb.add(x=x, y=x)}

@@ -203,10 +203,29 @@ def test_options_that_do_not_go_with_a_precision_are_refused() -> None:
 
 def test_what_a_mac_alone_can_do_is_said_to_be_missing_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     target: Any = make("coreml", {})
-    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("calque.targets.coreml.on_mac", lambda: False)
     with pytest.raises(TargetUnavailable, match="macOS and iOS alone"):
         target.require("build")
     target.require(None)
     built = target.build(made("llama").artifact, lambda: None, None)
     assert {built.build.status, built.execution.status} == {"not_run"}
     assert "macOS" in str(built.build.reason)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_mac_compiles_the_package(refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    target: Any = make("coreml", {})
+    asked = []
+
+    def compile_model(path: str, destination: str) -> None:
+        asked.append(Path(path).name)
+        if refused:
+            raise RuntimeError("Error reading protobuf spec")
+
+    monkeypatch.setattr("calque.targets.coreml.on_mac", lambda: True)
+    monkeypatch.setattr("coremltools.models.utils.compile_model", compile_model)
+    target.require("execution")
+    built = target.build(made("llama").artifact, lambda: None, None)
+    assert asked == ["model.mlpackage"]
+    assert (built.build.status, built.execution.status) == (("failed", "not_run") if refused else ("passed", "passed"))
+    assert built.failures == (("build: Error reading protobuf spec",) if refused else ())
