@@ -28,6 +28,7 @@ from torch.utils._sympy import functions as lengths
 from calque.errors import Unsupported
 from calque.runtime.coreml_session import io_name
 from calque.traced import TracedModel, source_of
+from calque.weights import torch_dtype_name
 
 if TYPE_CHECKING:
     from calque.artifact import TensorSpec
@@ -60,17 +61,25 @@ class Signature:
 
 @dataclass
 class Shared:
-    """What the functions of one program have in common: each weight as an array, read once, and the parameter of each constexpr."""
+    """What the functions of one program have in common: each weight as an array, read once, and the parameter of each constexpr.
+
+    ``hollow``: no weight is read; each is zeros that take no memory, for a program that is not written.
+    """
 
     arrays: dict[int, Any] = field(default_factory=dict)
     integers: dict[str, str] = field(default_factory=dict)
     palettized: bool = False
+    hollow: bool = False
 
-    def array(self, weight: Weight) -> Any:
-        """Return the weight's values; half precision as numpy has it."""
+    def array(self, weight: Weight, changed: Callable[[Any], Any] = lambda values: values) -> Any:
+        """Return the weight's values, changed as all who read it want them."""
         if id(weight) not in self.arrays:
-            self.arrays[id(weight)] = as_array(weight.read())
+            self.arrays[id(weight)] = self._hollow(weight, changed) if self.hollow else changed(as_array(weight.read()))
         return self.arrays[id(weight)]
+
+    def _hollow(self, weight: Weight, changed: Callable[[Any], Any]) -> Any:
+        zero = torch.zeros([1] * len(weight.shape), dtype=getattr(torch, torch_dtype_name(weight)))
+        return np.broadcast_to(changed(as_array(zero)), weight.shape)
 
 
 def as_array(tensor: torch.Tensor) -> Any:
@@ -93,13 +102,16 @@ class Building:
         self.numbers: dict[Any, Any] = {}
         self.states: dict[Node, Any] = {}
         self.node: Node | None = None
+        # What coremltools refuses, and why; and what cannot be said for that.
+        self.refused: dict[Node, str] = {}
+        self.lost: set[Node] = set()
         self._fixed = self._substitutions()
 
     def build(self) -> Function:
         """Return the function; its inputs and outputs have the names of ``model.inputs`` and ``outputs`` as Core ML takes them.
 
         Raises:
-            Unsupported: coremltools refuses what a node became, with its module and line.
+            Unsupported: coremltools refuses what nodes became; all of them, with module and line.
         """
         placeholders = self.model.placeholders()
         kept = {state.input for state in self.model.states} if self.signature.stateful else set()
@@ -111,19 +123,27 @@ class Building:
             described.append(kind)
         with Function(inputs, opset_version=_target()) as function:
             for spec in self.model.inputs:
-                var = function.inputs[io_name(spec.name)]
-                node = placeholders[spec.name]
-                if spec.name in kept:
-                    self.states[node] = var
-                else:
-                    self.values[node] = var
-                    self._learn_lengths(node, var)
+                self._learn(placeholders[spec.name], function.inputs[io_name(spec.name)], spec.name in kept)
             for node in self.model.graph.nodes:
                 if node.op == "call_function":
                     self._call(node)
-            function.set_outputs(self._outputs())
+            if not self.refused:
+                function.set_outputs(self._outputs())
+        if self.refused:
+            lines = [" ".join((f"{node.name} ({node.target}):", why, *source_of(node))) for node, why in self.refused.items()]
+            raise Unsupported("Core ML cannot say the graph", lines, "use a model without it")
         function.set_input_types(tuple(described))
         return function
+
+    def _learn(self, node: Node, var: Var, state: bool) -> None:
+        """An input is known: its value, or that it is a state, and the lengths that it has."""
+        if state:
+            self.states[node] = var
+            return
+        self.values[node] = var
+        for axis, size in enumerate(self.dims(node)):
+            if not isinstance(size, int) and size not in self.lengths:
+                self.lengths[size] = (var, axis)
 
     def _substitutions(self) -> dict[Any, int]:
         """Return the sizes that are fixed, by their symbol in the graph."""
@@ -164,11 +184,6 @@ class Building:
             return mb.state_tensor_placeholder(tuple(shape), dtype=PRIMITIVES[dtype]), StateType(wrapped, name=io_name(spec.name))
         kind = TensorType(name=io_name(spec.name), shape=tuple(shape) or (1,), dtype=dtype)
         return mb.placeholder(kind.shape.symbolic_shape, dtype=PRIMITIVES[dtype]), kind
-
-    def _learn_lengths(self, node: Node, var: Var) -> None:
-        for axis, size in enumerate(self.dims(node)):
-            if not isinstance(size, int) and size not in self.lengths:
-                self.lengths[size] = (var, axis)
 
     def length(self, size: Any) -> Any:
         """Return a length as an int, or as a value int32 [1]."""
@@ -273,10 +288,10 @@ class Building:
         array = as_array(self.model.constant(self.constants[node]))
         return mb.const(val=array if array.ndim else array.dtype.type(array), name=io_name(self.constants[node]))
 
-    def weight(self, weight: Weight, name: str, array: Any = None) -> Any:
+    def weight(self, weight: Weight, name: str, changed: Callable[[Any], Any] = lambda values: values) -> Any:
         """Return the constant of a weight, the same for all who read it; functions of a program share its bytes."""
         if id(weight) not in self.numbers:
-            held = mb.const(val=self.shared.array(weight) if array is None else array, name=io_name(name))
+            held = mb.const(val=self.shared.array(weight, changed), name=io_name(name))
             held.op.weight_id = io_name(name)
             self.numbers[id(weight)] = held
         return self.numbers[id(weight)]
@@ -291,18 +306,28 @@ class Building:
         return self.numbers[key]
 
     def _call(self, node: Node) -> None:
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt | int):
-            return  # a length, which is reckoned where it is read
-        if isinstance(value, torch.SymBool) or value is None:
+        """A node is translated, or refused; what reads one that is refused is left out."""
+        if not isinstance(node.meta.get("val"), torch.Tensor | list | tuple):
+            return  # a length, which is reckoned where it is read; or an assertion, which says nothing of the result
+        if self.lost.intersection(node.all_input_nodes):
+            self.lost.add(node)
             return
         self.node = node
         try:
             self.values[node] = self.rules[node.target](self, node, *node.args, **node.kwargs)
         except Exception as error:  # coremltools raises what it likes; each is a node that it refuses
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            where = " ".join(part for part in source_of(node) if part)
-            raise Unsupported("Core ML cannot say the graph", [f"{node.name} ({node.target}) in {where}: {first}"], "") from error
+            self.refused[node] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self._stand_in(node)
+
+    def _stand_in(self, node: Node) -> None:
+        """What follows a refused node is looked at too: zeros stand for it, where it is one value whose lengths are known."""
+        value = node.meta["val"]
+        try:
+            assert isinstance(value, torch.Tensor)
+            zero = self.as_type(0, value.dtype)
+            self.values[node] = mb.fill(shape=self.shape(self.dims(node), inferred=False), value=zero) if value.dim() else zero
+        except (AssertionError, ValueError):
+            self.lost.add(node)
 
     def _outputs(self) -> list[Any]:
         kept = {state.output for state in self.model.states} if self.signature.stateful else set()

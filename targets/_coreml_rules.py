@@ -49,9 +49,7 @@ def untranslated(model: TracedModel) -> list[Node]:
     """Return the nodes that MIL cannot say, written out or not."""
     missing = _without_rule(model)
     wanting = [node for node in missing if node.target not in _decompositions() and getattr(node.target, "namespace", "") != NAMESPACE]
-    if not missing or wanting or torch.ops.calque.keep_last.default in {node.target for node in missing}:
-        return wanting
-    return _without_rule(translatable(model))
+    return _without_rule(translatable(model)) if missing and not wanting else wanting
 
 
 def _without_rule(model: TracedModel) -> list[Node]:

@@ -6,7 +6,7 @@ Source: the operators of coremltools@9.0, opset iOS18.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ LOWEST = np.float32(np.finfo(np.float32).min)
 HIDDEN = -3e4
 # What one value of 4 bits may be, in the order of its indices.
 LEVELS = np.arange(-8, 8, dtype=np.int8)
+# Integers of so many bits as MIL stores them.
+CODES: Mapping[int, Callable[[Any], Any]] = {4: lambda q: q.astype(types.np_int4_dtype), 8: lambda q: q}
 
 
 def attention(f: Building, node: Node, q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float, sinks: Any, causal: bool) -> Any:
@@ -166,20 +168,15 @@ def dequantize_weight(f: Building, node: Node, q: Any, scale: Any, zero_point: A
     weight = f.model.weights[f.parameters[q]]
     if weight.dtype != "int8":
         raise ValueError(f"weights of {weight.dtype} are not translated")
-    array = f.shared.array(weight)
     spread = f.value(scale)
-    offset = None if zero_point is None else f.shared.array(f.model.weights[f.parameters[zero_point]])
-    if bits == 4:
-        offset = None if offset is None else offset.astype(types.np_int4_dtype)
-        if f.shared.palettized:
-            places = f.weight(weight, f"{name}.indices", (array + 8).astype(np.uint8).astype(types.np_uint4_dtype))
-            data = mb.constexpr_lut_to_dense(indices=places, lut=LEVELS.reshape(*[1] * array.ndim, 16, 1), name=io_name(f"{name}.levels"))
-        else:
-            data = f.weight(weight, f"{name}.q", array.astype(types.np_int4_dtype))
+    shift = {} if zero_point is None else {"offset": f.shared.array(f.model.weights[f.parameters[zero_point]], CODES[bits])}
+    if bits == 4 and f.shared.palettized:
+        places = f.weight(weight, f"{name}.indices", lambda q: (q + 8).astype(types.np_uint4_dtype))
+        table = LEVELS.reshape(*[1] * len(weight.shape), 16, 1)
+        data = mb.constexpr_lut_to_dense(indices=places, lut=table, name=io_name(f"{name}.levels"))
     else:
-        data = f.weight(weight, f"{name}.q")
+        data = f.weight(weight, f"{name}.q", CODES[bits])
     f.shared.integers[io_name(name)] = name
-    shift = {} if offset is None else {"offset": offset}
     return mb.constexpr_blockwise_shift_scale(data=data, scale=spread, name=io_name(name), **shift)
 
 

@@ -9,13 +9,14 @@ What Core ML would run is run here by an interpreter of MIL; on macOS by Core ML
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from calque.artifact import DECODE, NUM_LOGITS_TO_KEEP, PREFILL, Artifact, Check, GraphSpec
 from calque.choices import NARROW, QUANTIZED, Requirement
-from calque.errors import TargetUnavailable, UsageError
+from calque.errors import TargetUnavailable, Unsupported, UsageError
 from calque.passes import Pass
 from calque.runtime.coreml_session import on_mac
 from calque.targets import Built, Emitted, Problem, optional_rows, package_rows
@@ -24,7 +25,10 @@ from calque.traced import TracedModel, source_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch.fx import Node
+
     from calque.session import Session
+    from calque.targets._coreml_function import Building, Signature
 
 # Where neither recipe nor model says how long a row may become: Core ML wants a bound.
 LONGEST = 2048
@@ -109,15 +113,13 @@ class CoreML:
         """Return the nodes that have no translation, and inputs that Core ML cannot take."""
         from calque.targets._coreml_rules import untranslated
 
-        found = [
-            Problem(node.name, *source_of(node), f"{node.target} has no translation to MIL", "use a model without it")
-            for node in untranslated(model)
-        ]
         if any(spec.name == NUM_LOGITS_TO_KEEP for spec in model.inputs):
-            why = "a length that a call's values decide has no bounds"
-            found.append(
-                Problem(NUM_LOGITS_TO_KEEP, "", "", why, "leave --logits dynamic out; --logits last gives those of the last position")
-            )
+            why, way_out = "a length that a call's values decide has no bounds", "leave --logits dynamic out, or ask for --logits last"
+            return [Problem(NUM_LOGITS_TO_KEEP, "", "", why, way_out)]
+        fix = "use a model without it"
+        missing = {node: f"{node.target} has no translation to MIL" for node in untranslated(model)}
+        refused = missing or self._refused(model)
+        found = [Problem(node.name, *source_of(node), why, fix) for node, why in refused.items()]
         if model.states and self.cache == "flat" and model.limits.padding != "any":
             why = "Core ML has no empty past; the masked slot in its place is padding on the left, which this model does not take"
             found.append(Problem(model.states[0].input, "", "", why, "set cache: stateful"))
@@ -126,17 +128,34 @@ class CoreML:
     def lower(self, model: TracedModel) -> Any:
         """Return the program of MIL, its weights in memory, and the parameter of each of its constexpr operators."""
         from calque.targets._coreml_package import fresh_names, program, quiet
-        from calque.targets._coreml_rules import rules, translatable
 
         with quiet():
-            from calque.targets._coreml_function import Building, Shared
-
             fresh_names()
-            shared, whole, table = Shared(palettized=self.weights == "palettized"), translatable(model), rules()
-            functions = {each.name: Building(whole, each, shared, table).build() for each in self._signatures(model)}
-            return program(functions), shared.integers
+            growing = self._growing(model, hollow=False)
+            functions = {each.signature.name: each.build() for each in growing}
+            return program(functions), growing[0].shared.integers
 
-    def _signatures(self, model: TracedModel) -> list[Any]:
+    def _refused(self, model: TracedModel) -> dict[Node, str]:
+        """Return the nodes that coremltools takes in no function, and why; weights are not read for it."""
+        from calque.targets._coreml_package import quiet
+
+        found: dict[Node, str] = {}
+        with quiet():
+            for each in self._growing(model, hollow=True):
+                with suppress(Unsupported):  # which is what is asked for
+                    each.build()
+                found |= each.refused
+        return found
+
+    def _growing(self, model: TracedModel, hollow: bool) -> list[Building]:
+        """Return the functions before anything is in them."""
+        from calque.targets._coreml_function import Building, Shared
+        from calque.targets._coreml_rules import rules, translatable
+
+        shared, whole = Shared(palettized=self.weights == "palettized", hollow=hollow), translatable(model)
+        return [Building(whole, signature, shared, rules()) for signature in self._signatures(model)]
+
+    def _signatures(self, model: TracedModel) -> list[Signature]:
         """Return how each function is called."""
         from calque.targets._coreml_function import Signature
 

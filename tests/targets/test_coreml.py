@@ -169,13 +169,22 @@ def test_every_node_that_mil_cannot_say_is_a_problem_with_its_place() -> None:
     assert all(".py" in problem.source and problem.fix for problem in found)
 
 
-def test_what_has_no_rule_is_written_in_what_has() -> None:
+def test_every_node_that_coremltools_refuses_is_a_problem_too_and_no_weight_is_read_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, target = traced("llama"), make("coreml", {})
+    passes.run(target.passes("fp32"), model)
+    for node in user_nodes(model.graph.nodes, torch.ops.calque.rotary.default):
+        node.update_arg(1, node.args[0])  # angles of another rank
+    monkeypatch.setattr(type(model.weights.distinct()[0]), "read", lambda weight: pytest.fail("a weight was read"))
+    found = target.problems(model)
+    assert len(found) == 2 * model.layers
+    assert all("self_attn" in problem.module and problem.source for problem in found)
+
+
+def test_what_has_no_rule_is_written_in_what_has() -> None:
+    model = traced("llama")
     for node in user_nodes(model.graph.nodes, torch.ops.aten.silu.default):
         node.target = torch.ops.aten.hardswish.default
-    package = write(model)
-    assert package.worst("model", prompt(model, 6)) < 1e-4
-    assert target.problems(model) == []
+    assert write(model).worst("model", prompt(model, 6)) < 1e-4
 
 
 def test_a_length_that_values_decide_is_refused() -> None:
