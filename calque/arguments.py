@@ -29,6 +29,7 @@ COMMANDS = {
     "validate": "check an artifact against the reference it carries; needs onnxruntime, not torch",
     "generate": "continue a text with an artifact",
     "bench": "measure artifacts side by side: time to the first token, tokens per second, memory; needs onnxruntime, not torch",
+    "compare": "hold artifacts of one model beside each other: the same integers, how far apart their answers are",
     "inspect": "show what an artifact is, what was proved, and whether its files are whole",
     "report": "write what was converted, measured and proved as Markdown, HTML, JUnit XML or JSON; needs no torch",
     "targets": "list the targets and what each needs here",
@@ -243,6 +244,16 @@ def _add_bench(command: Parser) -> None:
     command.add_argument("--new-tokens", type=_positive, default=64, metavar="N", help=new)
     rounds = "rounds, in each of which every artifact runs once with every prompt; 3 where it is left out"
     command.add_argument("--rounds", type=_positive, default=3, metavar="N", help=rounds)
+    rows = "rows of a call, all alike; 1 where it is left out; tokens/s are those of one row, texts/s of all"
+    command.add_argument("--batch-size", type=_positive, default=1, metavar="N", help=rows)
+    _add_threads(command)
+
+
+def _add_compare(command: Parser) -> None:
+    command.add_argument(
+        "folders", type=_path, nargs="+", metavar="FOLDER", help="artifacts of one model, for whatever targets; two or more"
+    )
+    command.add_argument("--record", action="store_true", help="write what was found into each artifact's report.json as well")
     _add_threads(command)
 
 
@@ -283,6 +294,7 @@ _ADDERS: dict[str, Callable[[Any], None]] = {
     "validate": _add_validate,
     "generate": _add_generate,
     "bench": _add_bench,
+    "compare": _add_compare,
     "inspect": _add_folder,
     "report": _add_report,
     "targets": _add_nothing,

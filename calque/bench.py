@@ -30,20 +30,24 @@ WARM_UP_STEPS = 4
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured: ``prompt_tokens`` are lengths, ``new_tokens`` how many follow each, ``threads`` 0 is one a core."""
+    """What is measured: ``prompt_tokens`` are lengths, ``new_tokens`` how many follow each, ``threads`` 0 is one a core.
+
+    ``batch_size``: rows of a call, all alike.
+    """
 
     prompt_tokens: tuple[int, ...] = (128, 512)
     new_tokens: int = 64
     rounds: int = 3
     threads: int = 0
+    batch_size: int = 1
 
 
 class Worker:
     """The process of one artifact, as who asks it sees it; it ends with the block."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, rows: int = 1) -> None:
         self.folder = folder
-        command = [sys.executable, "-P", "-m", "calque.bench_worker", str(folder), str(threads)]
+        command = [sys.executable, "-P", "-m", "calque.bench_worker", str(folder), str(threads), str(rows)]
         path = os.pathsep.join(filter(None, (str(Path(calque.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": path}
         # A session of its own: Ctrl-C comes to who asks alone, who ends this process. If that is killed, this one reads no more, and ends.
@@ -105,7 +109,7 @@ def bench(folders: Sequence[Path], asked: Bench, announce: Callable[[str], objec
     """
     with ExitStack() as stack:
         announce("open")
-        workers = [stack.enter_context(Worker(folder, asked.threads)) for folder in folders]
+        workers = [stack.enter_context(Worker(folder, asked.threads, asked.batch_size)) for folder in folders]
         facts = _introduced(workers)
         subjects = [Subject(str(folder), **fact) for folder, fact in zip(folders, facts, strict=True)]
         _require_lengths(subjects, asked)
@@ -126,7 +130,9 @@ def bench(folders: Sequence[Path], asked: Bench, announce: Callable[[str], objec
                     peaks[place] = answer["peak_rss_bytes"]
                     runs.append(Run(place, number, len(tokens), tuple(answer["seconds"])))
             rates.append(bandwidth(asked.threads))
-    return results(subjects, runs, peaks, rates, {"threads": asked.threads, "rounds": asked.rounds, "new_tokens": new})
+    return results(
+        subjects, runs, peaks, rates, {key: getattr(asked, key) for key in ("threads", "rounds", "batch_size")} | {"new_tokens": new}
+    )
 
 
 def _introduced(workers: Sequence[Worker]) -> list[dict[str, Any]]:

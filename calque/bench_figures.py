@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from calque.console import size, table
@@ -42,7 +43,7 @@ def results(
 ) -> dict[str, Any]:
     """Return ``kind``, the loop's settings, ``bandwidth_bytes_per_s``, ``artifacts`` with their ``lengths``, and ``notes``."""
     kind, lengths = subjects[0].kind, list(dict.fromkeys(run.length for run in runs))
-    measure = _decoding if kind == "generator" else _encoding
+    measure = _decoding if kind == "generator" else partial(_encoding, rows=loop.get("batch_size", 1))
     artifacts: list[dict[str, Any]] = []
     for place, subject in enumerate(subjects):
         found = [measure(subject, _of(runs, place, length), _of(runs, 0, length), rates) for length in lengths]
@@ -80,8 +81,8 @@ def _decoding(subject: Subject, runs: Sequence[Run], first: Sequence[Run], rates
     }
 
 
-def _encoding(subject: Subject, runs: Sequence[Run], first: Sequence[Run], rates: Sequence[float]) -> dict[str, Any]:
-    speeds, firsts = [[len(run.seconds) / sum(run.seconds) for run in some] for some in (runs, first)]
+def _encoding(subject: Subject, runs: Sequence[Run], first: Sequence[Run], rates: Sequence[float], rows: int) -> dict[str, Any]:
+    speeds, firsts = [[rows * len(run.seconds) / sum(run.seconds) for run in some] for some in (runs, first)]
     return {
         "prompt_tokens": runs[0].length,
         "texts_per_s": _spread(speeds),
@@ -136,7 +137,10 @@ def bench_text(found: Mapping[str, Any]) -> str:
     parts = []
     for place, length in enumerate(found["prompt_tokens"]):
         cells = [rows(artifact, artifact["lengths"][place], several) for artifact in found["artifacts"]]
-        title = f"prompt of {length} tokens, {found['new_tokens']} new" if rows is _decoding_row else f"one text of {length} tokens a call"
+        count = found.get("batch_size", 1)
+        many = f"{count} texts" if count > 1 else "one text"
+        title = f"prompt of {length} tokens, {found['new_tokens']} new" if rows is _decoding_row else f"{many} of {length} tokens a call"
+        title += f", {count} rows" if rows is _decoding_row and count > 1 else ""
         parts.append(f"{title}\n\n{table(heads if several else [head for head in heads if not head.startswith('×')], cells)}")
     rates = [rate / 1e9 for rate in found["bandwidth_bytes_per_s"]]
     if several:

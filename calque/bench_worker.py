@@ -1,4 +1,4 @@
-"""Holds one artifact and runs it when asked: a line of JSON in, a line of JSON out. ``python -m calque.bench_worker FOLDER THREADS``.
+"""Holds one artifact and runs it when asked: a line of JSON in, a line of JSON out. ``python -m calque.bench_worker FOLDER THREADS ROWS``.
 
 A process of its own, so that its memory is that of one artifact, and a crash is its own too.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from calque.artifact import Artifact, GraphSpec
+from calque.artifact import PIXELS, Artifact, GraphSpec
 from calque.errors import CalqueError, Unsupported
 from calque.failures import explained
 from calque.runtime import OnnxRuntimeSession, open_session
@@ -30,8 +30,8 @@ class Generator:
 
     kind = "generator"
 
-    def __init__(self, artifact: Artifact, session: Session) -> None:
-        self.sequence = GreedySequence(artifact, session, [0])
+    def __init__(self, artifact: Artifact, session: Session, rows: int) -> None:
+        self.sequence = GreedySequence(artifact, session, [0], rows)
         self.sequence.warm_up()
 
     def run(self, prompt: list[int], new: int) -> list[float]:
@@ -47,27 +47,29 @@ class Generator:
 
 
 class Encoder:
-    """An artifact that encodes one text a call."""
+    """An artifact that encodes so many texts a call, or looks at so many images."""
 
     kind = "encoder"
 
-    def __init__(self, artifact: Artifact, session: Session) -> None:
+    def __init__(self, artifact: Artifact, session: Session, rows: int) -> None:
         if len(artifact.graphs) != 1:
             raise Unsupported(f"one graph is measured, {artifact.folder} has {sorted(artifact.graphs)}")
         [(self.graph, self.spec)] = artifact.graphs.items()
-        self.session = session
+        self.session, self.rows = session, rows
         self.run([0], 1)
 
     def run(self, prompt: list[int], new: int) -> list[float]:
-        """Return the seconds of each call with one text, ``new`` of them."""
+        """Return the seconds of each call, ``new`` of them; images are as large as the model has them, whatever the prompt."""
         known = {
-            "input_ids": np.array([prompt], np.int64),
-            "attention_mask": np.ones((1, len(prompt)), np.int64),
-            "token_type_ids": np.zeros((1, len(prompt)), np.int64),
-            "position_ids": np.arange(len(prompt), dtype=np.int64)[None],
+            "input_ids": np.array([prompt] * self.rows, np.int64),
+            "attention_mask": np.ones((self.rows, len(prompt)), np.int64),
+            "token_type_ids": np.zeros((self.rows, len(prompt)), np.int64),
+            "position_ids": np.tile(np.arange(len(prompt), dtype=np.int64), (self.rows, 1)),
         }
+        images = [spec for spec in self.spec.inputs if spec.name == PIXELS and all(isinstance(size, int) for size in spec.shape[1:])]
+        known |= {spec.name: np.zeros((self.rows, *map(int, spec.shape[1:])), spec.dtype) for spec in images}
         if other := [tensor.name for tensor in self.spec.inputs if tensor.name not in known]:
-            raise Unsupported(f"nobody knows here what to feed {self.spec.file}", other, "measure encoders of text")
+            raise Unsupported(f"nobody knows here what to feed {self.spec.file}", other, "measure encoders of text, or of images")
         feed = {tensor.name: known[tensor.name] for tensor in self.spec.inputs}
         seconds = []
         for _ in range(new):
@@ -84,11 +86,11 @@ def vocabulary(artifact: Artifact, spec: GraphSpec) -> int:
     return next((size for size in sizes if isinstance(size, int)), 1)
 
 
-def serve(folder: Path, threads: int) -> None:
+def serve(folder: Path, threads: int, rows: int) -> None:
     """What the artifact is has been said, then every line of standard input answered."""
     session = open_session(folder, threads)
     artifact = Artifact.read(folder)
-    runner: Generator | Encoder = (Generator if artifact.states else Encoder)(artifact, session)
+    runner: Generator | Encoder = (Generator if artifact.states else Encoder)(artifact, session, rows)
     spec = next(iter(artifact.graphs.values()))
     onnx = isinstance(session, OnnxRuntimeSession) and spec.file.endswith(".onnx")
     _say(
@@ -111,7 +113,7 @@ def _say(**facts: Any) -> None:
 def main() -> int:
     """Serve; what fails is said as an object with ``error``."""
     try:
-        serve(Path(sys.argv[1]), int(sys.argv[2]))
+        serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
     except BrokenPipeError:  # nobody asks any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
     except Exception as error:  # whatever it is, who asks reports it

@@ -84,11 +84,24 @@ def _bench(args: argparse.Namespace) -> int:
     from calque.bench import Bench, bench
     from calque.bench_figures import bench_text
 
-    asked = Bench(tuple(args.prompt_tokens), args.new_tokens, args.rounds, args.threads)
+    asked = Bench(tuple(args.prompt_tokens), args.new_tokens, args.rounds, args.threads, args.batch_size)
     with Progress(sys.stderr) as progress:
         found = bench(args.folders, asked, progress)
     print_json(found) if args.json else print(bench_text(found))
     return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from calque import side_by_side
+    from calque.validation.across import differing
+
+    with Progress(sys.stderr) as progress:
+        found = side_by_side.compare(args.folders, args.threads, args.record, progress)
+    print_json(found) if args.json else print(side_by_side.text(found))
+    lines = differing(found["integers"])
+    for line in lines:
+        print(line, file=sys.stderr)
+    return ParityFailed.exit_code if lines else 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -180,6 +193,7 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "validate": _validate,
     "generate": _generate,
     "bench": _bench,
+    "compare": _compare,
     "inspect": _inspect,
     "report": _report,
     "targets": _targets,

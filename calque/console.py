@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -231,9 +232,27 @@ def report_text(report: Mapping[str, Any]) -> str:
         parts.append(parity_table(report["scenarios"]))
     if report.get("quality"):
         parts.append(quality_text(report["quality"]))
+    if report.get("choice"):
+        parts.append(choice_table(report["choice"]))
     if report.get("stages"):
         parts.append(stage_table(report["stages"]))
     return "\n\n".join(parts)
+
+
+def choice_table(choice: Mapping[str, Any]) -> str:
+    """Return what was measured of each candidate, the one that was picked first, and why others were left out."""
+    rows: list[Row] = []
+    for row in sorted(choice["candidates"], key=lambda row: row.get("cost_ms", math.inf)):
+        name = f"{row['target']} (picked)" if row["target"] == choice["picked"] else row["target"]
+        if "error" in row:
+            rows.append((name, "–", "–", "–", "–", row["error"]))
+            continue
+        step = row.get("tpot_ms") or {}
+        first, each = row.get("ttft_ms", {}).get("median"), step.get("median", row.get("call_ms", {}).get("p50"))
+        rows.append(
+            (name, *(f"{ms:.2f}" if ms is not None else "–" for ms in (row["cost_ms"], first, each)), size(row["peak_rss_bytes"]), "")
+        )
+    return table(("candidate", f"ms by {choice['judged_by']}", "first token", "each", "peak memory", "left out because"), rows)
 
 
 def plan_text(plan: Mapping[str, Any]) -> str:

@@ -184,7 +184,7 @@ def _convert_one(recipe: Recipe, out: Path, args: argparse.Namespace) -> int:
 
 
 def _convert_all(cells: Mapping[str, Recipe], parent: Path, args: argparse.Namespace) -> int:
-    from calque import matrix
+    from calque import matrix, side_by_side
 
     done: list[Outcome] = []
     names = list(cells)
@@ -206,11 +206,25 @@ def _convert_all(cells: Mapping[str, Recipe], parent: Path, args: argparse.Names
         print(f"{len(done)} of {len(names)} conversions had ended; --resume goes on from there", file=sys.stderr)
         raise
     code = matrix.exit_code(done)
+    beside, differing = _side_by_side(done, parent, args.threads or 0)
     if args.json:
-        print_json({"folder": str(parent), "exit_code": code, **matrix.data(done)})
+        print_json({"folder": str(parent), "exit_code": code or differing, **matrix.data(done), "across": beside})
     else:
-        print(_outcome_table(done))
-    return code
+        print("\n\n".join([_outcome_table(done), *map(side_by_side.text, beside)]))
+    return code or differing
+
+
+def _side_by_side(done: Sequence[Outcome], parent: Path, threads: int) -> tuple[list[dict[str, Any]], int]:
+    """Return what was found of artifacts of one model for several targets, which their reports hold now, and the exit code of that."""
+    from calque import side_by_side
+    from calque.validation.across import differing
+
+    artifacts = [Artifact.read(parent / outcome.folder) for outcome in done if outcome.status != "failed" and outcome.folder]
+    found = [side_by_side.compare(folders, threads, record=True) for folders in side_by_side.groups(artifacts)]
+    lines = [line for beside in found for line in differing(beside["integers"])]
+    for line in lines:
+        print(line, file=sys.stderr)
+    return found, ParityFailed.exit_code if lines else 0
 
 
 def _converter(args: argparse.Namespace) -> Callable[[Recipe, Path], Status]:

@@ -19,6 +19,7 @@ from calque.companions import CONFIG, licence_note
 from calque.console import size
 from calque.conversion import QUANTIZING, Conversion, open_target, resolve, use_threads
 from calque.errors import TargetUnavailable, Unsupported
+from calque.fastest import convert_fastest
 from calque.quality_gate import QualityGate
 from calque.recipe import Recipe
 from calque.source import ModelSource
@@ -50,6 +51,8 @@ def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Callabl
     target = open_target(recipe)
     memory_plan.require_tools(recipe.max_memory)
     check_output(out, force)
+    if isinstance(target, targets.Chooses):
+        return convert_fastest(recipe, target, out, convert, force=force, progress=progress)
     use_threads(recipe)
     stages = Stages(progress)
     with staging(out, force) as folder, ceiling.under(recipe.max_memory, stages.doing):

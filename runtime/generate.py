@@ -95,16 +95,16 @@ def check_vocabulary(artifact: Artifact, ids: list[int]) -> None:
 
 
 class GreedySequence:
-    """One row of tokens continued by the likeliest next one; ``ids`` grows by one with each step."""
+    """One row of tokens, or ``rows`` that are the same, continued by the likeliest next one; ``ids`` grows by one with each step."""
 
-    def __init__(self, artifact: Artifact, session: Session, ids: list[int]) -> None:
+    def __init__(self, artifact: Artifact, session: Session, ids: list[int], rows: int = 1) -> None:
         self.ids = ids
-        self._limits = artifact.limits
-        self._decoder = Decoder(artifact, session)
+        self._limits, self._rows = artifact.limits, rows
+        self._decoder = Decoder(artifact, session, rows)
 
     def warm_up(self) -> None:
         """The graph is open: a first call of one token has been made and forgotten."""
-        self._decoder(np.array([self.ids[:1]], np.int64))
+        self._decoder(np.array([self.ids[:1]] * self._rows, np.int64))
         self.restart(self.ids)
 
     def restart(self, ids: list[int]) -> None:
@@ -125,7 +125,7 @@ class GreedySequence:
             if recompute_at is not None and 0 < held <= recompute_at < len(self.ids):
                 self._decoder.reset()
                 held = 0
-            logits = self._decoder(np.array([self.ids[held:]], np.int64))
+            logits = self._decoder(np.array([self.ids[held:]] * self._rows, np.int64))
             self.ids.append(int(logits[0, -1].argmax()))
             yield self.ids[-1]
 

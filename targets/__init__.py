@@ -21,6 +21,8 @@ from calque.errors import UsageError
 from calque.options import construct
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedConfig
 
     from calque.artifact import Artifact, Check, GraphSpec, Limits
@@ -127,6 +129,47 @@ class Embeds(Protocol):
 
     def emission_bytes(self, weights: int) -> int:
         """Return about how much memory writing takes of so many bytes of weights, what the tools take aside."""
+        ...
+
+
+@runtime_checkable
+class HoldsIntegers(Protocol):
+    """A target whose files say which integers they hold."""
+
+    def integers(self, artifact: Artifact) -> Mapping[str, tuple[NDArray[np.int8], NDArray[np.generic]]]:
+        """Return q int8 [out, in], signed and unpacked, and scale [out, groups] of every matrix of integers, by the file's name for it."""
+        ...
+
+
+@runtime_checkable
+class Chooses(Protocol):
+    """A target that has no files of its own: it takes the artifact that was the fastest of several targets' when they were measured."""
+
+    @property
+    def judged_by(self) -> str:
+        """What of a generator is compared, in a word."""
+        ...
+
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens a generator is asked for after each prompt."""
+        ...
+
+    @property
+    def rounds(self) -> int:
+        """How often each artifact is measured."""
+        ...
+
+    def candidates_of(self, precision: str) -> tuple[str, ...]:
+        """Return the targets that are tried in that precision.
+
+        Raises:
+            UsageError: none has it.
+        """
+        ...
+
+    def cost(self, figures: Mapping[str, Any], new_tokens: int) -> float:
+        """Return the milliseconds that are compared, of what was measured of one artifact at one length."""
         ...
 
 

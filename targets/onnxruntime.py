@@ -23,7 +23,9 @@ from calque.targets import Emitted, Problem, package_rows
 from calque.threads import one_thread
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
+    from numpy.typing import NDArray
     from transformers import PreTrainedConfig
 
     from calque.session import Session
@@ -213,6 +215,12 @@ class OnnxRuntime:
         from calque.targets._blocks import BlockSession
 
         return BlockSession(artifact, threads, nbytes, exact)
+
+    def integers(self, artifact: Artifact) -> dict[str, tuple[NDArray[np.int8], NDArray[np.generic]]]:
+        """Return q int8 [out, in] and scale [out, groups] of every matrix of integers, by the name of its weight."""
+        from calque.targets._onnx_integers import integers
+
+        return integers(artifact.folder / artifact.graphs["model"].file)
 
     def doctor(self) -> list[tuple[str, str, str]]:
         """Return the packages that emitting and running take."""

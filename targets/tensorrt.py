@@ -29,7 +29,9 @@ from calque.threads import one_thread
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy as np
     import onnx_ir as ir
+    from numpy.typing import NDArray
     from transformers import PreTrainedConfig
 
     from calque.session import Session
@@ -222,6 +224,12 @@ class TensorRT:
         if self.via == "torch-tensorrt":
             return _tensorrt_build.build_traced(artifact, load)
         return _tensorrt_build.build(artifact, self.sdk, room)
+
+    def integers(self, artifact: Artifact) -> dict[str, tuple[NDArray[np.int8], NDArray[np.generic]]]:
+        """Return q int8 [out, in] and scale [out, groups] of every matrix of integers, by the name of its weight."""
+        from calque.targets._onnx_integers import integers
+
+        return integers(artifact.folder / artifact.graphs["model"].file)
 
     def doctor(self) -> list[tuple[str, str, str]]:
         """Return the packages that emitting, proving and building take."""

@@ -160,6 +160,9 @@ _TRACES: dict[str, TracedModel] = {}
 
 def traced_as(tiny: Tiny) -> TracedModel:
     """A trace of its own of a model that is not among those of every release, traced once a process."""
+    for name, same in TYPES.items():
+        if same == tiny:
+            return traced(name)
     if repr(tiny) not in _TRACES:
         folder = Path(tempfile.mkdtemp(prefix="tiny-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)

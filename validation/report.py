@@ -26,7 +26,8 @@ class Report:
     parameters}`` by layer. ``layers``: ``{layer, kind, worst_sigma, limit, scenario}``. ``failures``: what the proof found,
     first stage and layer first. ``quality``: text, limits, a row for the weights alone and one for the artifact, each layer's
     sensitivity, and what was promoted. ``build``: what the runtime's builder made, in how long and in how much memory, and how
-    fast it is where it ran. ``notes``: sentences that the user should know.
+    fast it is where it ran. ``choice``: the target that was picked, and what was measured of each candidate.
+    ``across``: integers and answers beside those of other targets. ``notes``: sentences that the user should know.
     """
 
     scenarios: tuple[Mapping[str, Any], ...] = ()
@@ -42,6 +43,8 @@ class Report:
     failures: tuple[str, ...] = ()
     quality: Mapping[str, Any] = field(default_factory=dict)
     build: Mapping[str, Any] = field(default_factory=dict)
+    choice: Mapping[str, Any] = field(default_factory=dict)
+    across: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def measured(self, folder: Path, stages: Sequence[Stage]) -> Report:

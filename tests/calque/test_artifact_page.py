@@ -20,6 +20,8 @@ from calque.runtime.generate import GreedySequence
 from tests.tiny_encoders import VOCABULARY, save_encoder, save_pooling
 from tests.tiny_models import TINY, save_random
 
+pytestmark = pytest.mark.usefixtures("shared_traces")  # tracing is not what is tested here
+
 PAGE = Path(__file__).parents[2] / "docs" / "artifact.md"
 RUNTIME, GENERATOR, STATIC, ENCODER = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 

@@ -47,7 +47,7 @@ def assert_same(seen: Seen, expected: Seen) -> None:
             assert (found.reshape(value.shape) - value).abs().max() <= 1e-5 * value.std(), name
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3", "phi3", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", pytest.param("qwen3", marks=pytest.mark.slow), "phi3", "bloom"])
 def test_products_are_seen_to_read_what_the_eager_model_reads(name: str) -> None:
     seen: Seen = {}
     observe(traced(name), rows(), lambda weight, value: seen.setdefault(weight, []).append(value))

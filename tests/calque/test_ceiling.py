@@ -21,6 +21,8 @@ from calque.traced import TracedModel
 from calque.validation.streamed import streamed
 from tests.tiny_models import traced
 
+pytestmark = pytest.mark.usefixtures("shared_traces")  # tracing is not what is tested here
+
 
 def settled(name: str = "llama") -> TracedModel:
     model = traced(name)

@@ -16,6 +16,8 @@ import calque
 from calque import cli
 from tests.tiny_models import TINY, save_random
 
+pytestmark = pytest.mark.usefixtures("shared_traces")  # tracing is not what is tested here
+
 Output = pytest.CaptureFixture[str]
 
 ROOT = Path(calque.__file__).parents[1]

@@ -22,6 +22,8 @@ from calque.validation.render import report
 from calque.weights import Derived
 from tests.tiny_models import TINY, source_of
 
+pytestmark = pytest.mark.usefixtures("shared_traces")  # tracing is not what is tested here
+
 
 def recipe(**settings: Any) -> Recipe:
     return Recipe(**{"model": str(source_of("gemma3_text").folder), "target": "onnxruntime", **settings})

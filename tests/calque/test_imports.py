@@ -38,6 +38,8 @@ EXCEPTIONS = {("calque.validation.validate", "calque.runtime")}
 JOINING = {"calque", "calque.pipeline", "calque.conversion", "calque.cli", "calque.commands", "calque.conformance"}
 # They call the pipeline, or look up what passes, targets and scenarios there are.
 JOINING |= {"calque.quality_gate", "calque.promotion", "calque.convert_command", "calque.recipe_names", "calque.resume"}
+# Artifacts of several targets, made or opened.
+JOINING |= {"calque.fastest", "calque.side_by_side"}
 # It holds an artifact open by the runtime.
 JOINING |= {"calque.bench_worker"}
 # Read where nothing is installed, before anything else of Calque.

@@ -21,7 +21,8 @@ def test_outcome_says_how_the_process_ended_and_what_it_wrote(how: str, code: in
 
 
 def test_process_that_does_not_end_is_stopped_and_keeps_what_it_wrote() -> None:
-    outcome = call(end, ["stuck"], seconds=15)
+    call(end, ["0"], seconds=120)  # what a process needs to begin is there: the seconds are those that it is stuck
+    outcome = call(end, ["stuck"], seconds=5)
     assert outcome.code is None
     assert outcome.stdout == "out of stuck\n"
 

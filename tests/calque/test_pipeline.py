@@ -30,7 +30,10 @@ from calque.targets.onnxruntime import OnnxRuntime
 from calque.traced import TracedModel, user_nodes
 from calque.weights import WeightTable
 from tests.calque.artifact_folder import content, names, write_artifact
+from tests.shared_traces import own_traces
 from tests.tiny_models import VOCABULARY, prompt, source_of, traced
+
+pytestmark = pytest.mark.usefixtures("shared_traces")  # tracing is not what is tested here
 
 ONE = {"scenarios": ["single-prompt"]}
 
@@ -45,7 +48,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return pipeline.convert(recipe(), tmp_path_factory.mktemp("first") / "out")
+    with own_traces():
+        return pipeline.convert(recipe(), tmp_path_factory.mktemp("first") / "out")
 
 
 def test_artifact_is_proved_whole_and_says_what_it_is(converted: Artifact) -> None:
@@ -74,7 +78,8 @@ def test_report_has_every_stage_and_scenario(converted: Artifact) -> None:
 
 
 def test_second_conversion_gives_the_same_bytes_in_everything_but_the_report(converted: Artifact, tmp_path: Path) -> None:
-    again = pipeline.convert(recipe(), tmp_path / "elsewhere")
+    with own_traces():
+        again = pipeline.convert(recipe(), tmp_path / "elsewhere")
     first, second = files(converted.folder), files(again.folder)
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] in ([], [REPORT])

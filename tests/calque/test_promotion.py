@@ -23,6 +23,8 @@ from calque.validation.quality import Baseline, Quality
 from tests.tiny_encoders import save_encoder
 from tests.tiny_models import shared_trace, source_of
 
+pytestmark = pytest.mark.usefixtures("shared_traces")  # tracing is not what is tested here
+
 ONE = {"scenarios": ["single-prompt"]}
 # Of the tiny model: what its int4 costs, what is left with the first layer as int8, and with both.
 AS_PLANNED, ONE_LAYER, BOTH_LAYERS = 0.3, 0.03, 0.003

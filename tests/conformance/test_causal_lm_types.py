@@ -44,7 +44,11 @@ def converted(config: Any, folder: Path) -> Artifact:
     return convert(recipe, folder / "out")
 
 
-@pytest.mark.parametrize("name", TYPES)
+# Each has another in the quick run that is made of the same parts.
+LIKE_ANOTHER = {"qwen2": "gemma2", "qwen3": "llama", "mixtral": "qwen3_moe", "phi3": "phi3-longrope", "gemma3_text": "gemma2"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in LIKE_ANOTHER else ()) for name in TYPES])
 def test_shrunken_type_passes_the_whole_gate(name: str, tmp_path: Path) -> None:
     artifact = converted(config_of(TYPES[name]), tmp_path)
     assert artifact.proof.numerics.status == "passed"

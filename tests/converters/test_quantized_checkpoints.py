@@ -142,9 +142,9 @@ def test_integers_are_kept_where_the_bits_are_those_asked_for(tmp_path: Path) ->
     ("options", "fate"),
     [
         ({"bits": 8, "group": 0}, "dequantized and quantized anew as int8"),
-        ({"bits": 4, "group": 16, "stored": "none"}, "dequantized and quantized anew as int4-g16"),
+        pytest.param({"bits": 4, "group": 16, "stored": "none"}, "dequantized and quantized anew as int4-g16", marks=pytest.mark.slow),
         ({"bits": 4, "stored": "symmetric"}, "dequantized and quantized anew as int4-g32"),
-        ({"bits": 4, "overrides": {"*": "int8"}}, "dequantized and quantized anew as int8-g32"),
+        pytest.param({"bits": 4, "overrides": {"*": "int8"}}, "dequantized and quantized anew as int8-g32", marks=pytest.mark.slow),
         ({"bits": 4, "overrides": {"*": "keep"}}, "dequantized"),
     ],
 )
@@ -177,7 +177,7 @@ def in_the_file(folder: Path) -> dict[str, tuple[Any, Any, Any]]:
     return found
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", ["gptq", pytest.param("awq", marks=pytest.mark.slow)])
 def test_int4_artifact_holds_the_integers_of_the_checkpoint_and_is_proved(method: str, tmp_path: Path) -> None:
     expected: Written = getattr(written, method)(tmp_path / method)
     artifact = convert(Recipe(model=str(tmp_path / method), target="onnxruntime", precision="int4"), tmp_path / "out")

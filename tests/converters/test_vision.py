@@ -39,7 +39,7 @@ def source_of(folder: Path) -> ModelSource:
     return ModelSource.resolve(str(folder), scratch=folder)
 
 
-@pytest.mark.parametrize("model_type", CLASSIFIERS)
+@pytest.mark.parametrize("model_type", [pytest.param(name, marks=pytest.mark.slow if name == "deit" else ()) for name in CLASSIFIERS])
 def test_classifier_passes_the_whole_gate(model_type: str, tmp_path: Path) -> None:
     artifact = converted(save_random(tmp_path / "model", model_type), tmp_path / "out")
     assert statuses(artifact) == dict.fromkeys(SCENARIOS, "passed")
@@ -54,7 +54,15 @@ def test_classifier_passes_the_whole_gate(model_type: str, tmp_path: Path) -> No
     assert validate(artifact.folder)["status"] == "passed"
 
 
-@pytest.mark.parametrize(("precision", "model_type"), [("fp16", "vit"), ("fp16", "resnet"), ("int8", "vit"), ("int4", "vit")])
+@pytest.mark.parametrize(
+    ("precision", "model_type"),
+    [
+        ("fp16", "vit"),
+        pytest.param("fp16", "resnet", marks=pytest.mark.slow),
+        ("int8", "vit"),
+        pytest.param("int4", "vit", marks=pytest.mark.slow),
+    ],
+)
 def test_narrower_weights_pass_the_gate_and_images_stay_float32(precision: str, model_type: str, tmp_path: Path) -> None:
     artifact = converted(save_random(tmp_path / "model", model_type), tmp_path / "out", precision=precision)
     assert set(statuses(artifact).values()) == {"passed"}

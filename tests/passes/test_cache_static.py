@@ -49,7 +49,11 @@ def alone(name: str, ids: NDArray[Any]) -> NDArray[Any]:
     return logits
 
 
-@pytest.mark.parametrize("name", TYPES)
+# One of each kind of layer, of position and of window.
+QUICK = {"llama", "gemma2", "phi3-longrope", "gpt2", "gpt_oss", "qwen3_moe", "bloom"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in TYPES])
 def test_rows_of_unequal_length_go_on_from_their_own_slots(name: str) -> None:
     model = static(name)
     session, rng = TracedSession(model), np.random.default_rng(5)

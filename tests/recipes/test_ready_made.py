@@ -14,6 +14,11 @@ from tests.recipes.small_configs import CONFIGS, read_shrunken
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 QUILL = "builtin:quill"
+# Each shares its model with a recipe of the quick run, and its target and precision with another.
+SHOWN = {
+    "quill-onnxruntime-int4", "Llama-3.2-1B-Instruct-onnxruntime-fp32", "Qwen3-0.6B-onnxruntime-fp32",
+    "SmolLM2-135M-Instruct-onnxruntime-fp32",
+}  # fmt: skip
 
 # What sets a model apart, so that it must be asked for it.
 TELLING = {
@@ -26,7 +31,9 @@ def test_every_model_of_a_recipe_has_a_small_config() -> None:
     assert {Recipe.read(path).model for path in RECIPES} == {QUILL, *CONFIGS}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in SHOWN else ()) for path in RECIPES]
+)
 def test_a_recipe_makes_a_proved_artifact_of_a_small_model(path: Path, tmp_path: Path) -> None:
     asked = Recipe.read(path)
     name = asked.model.rpartition("/")[2]

@@ -75,7 +75,11 @@ class TinyLlama(Masked):
 @pytest.mark.parametrize("model", [Attentions, pytest.param(TinyLlama, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("precision", "lowest", "tolerance"),
-    [("FLOAT32", torch.finfo(torch.float32).min, 1e-5), ("FLOAT16", -1e4, 1e-2), ("FLOAT16", torch.finfo(torch.float32).min, None)],
+    [
+        pytest.param("FLOAT32", torch.finfo(torch.float32).min, 1e-5, marks=pytest.mark.slow),
+        ("FLOAT16", -1e4, 1e-2),
+        ("FLOAT16", torch.finfo(torch.float32).min, None),
+    ],
     ids=["float32", "float16", "float16 with the least float32 in its mask"],
 )
 def test_a_decoder_is_what_pytorch_says_or_shows_that_its_mask_overflowed(
@@ -320,7 +324,7 @@ def test_any_damage_to_a_program_is_said_as_what_it_is(tmp_path: Path) -> None:
     path = package(tmp_path / "p.mlpackage", {"y": lambda mb, x: mb.softmax(x=mb.relu(x=x), axis=1)}, X)
     model = path / "Data" / "com.apple.CoreML" / "model.mlmodel"
     data, generator, refused = model.read_bytes(), np.random.default_rng(0), 0
-    for place in generator.integers(0, len(data), 300):
+    for place in generator.integers(0, len(data), 120):
         broken = bytearray(data)
         broken[place] ^= int(generator.integers(1, 256))
         model.write_bytes(broken)
@@ -328,4 +332,4 @@ def test_any_damage_to_a_program_is_said_as_what_it_is(tmp_path: Path) -> None:
             MilProgram(path)({"x": X})
         except CalqueError:
             refused += 1
-    assert refused > 50
+    assert refused > 20

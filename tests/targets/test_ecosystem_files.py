@@ -21,6 +21,8 @@ from calque.validation.report import Report
 from tests.ecosystem.decoders import END, PADDING, save_decoder
 from tests.tiny_encoders import save_encoder
 
+pytestmark = pytest.mark.usefixtures("shared_traces")  # tracing is not what is tested here
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

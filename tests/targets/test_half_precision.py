@@ -33,6 +33,8 @@ from tests.mutations.fused import FAULTS
 from tests.tiny_encoders import save_encoder
 from tests.tiny_models import source_of
 
+pytestmark = pytest.mark.usefixtures("shared_traces")  # tracing is not what is tested here
+
 aten, calque = torch.ops.aten, torch.ops.calque
 STANDARD, RIGHT, FLOAT32 = OnnxRuntime("standard"), OnnxRuntime(padding="right"), OnnxRuntime(arithmetic="float32")
 

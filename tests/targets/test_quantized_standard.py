@@ -28,6 +28,8 @@ from calque.validation.compare import EXACT
 from tests.mutations.conftest import one_thread  # noqa: F401  # matrices this small gain nothing from more
 from tests.tiny_models import source_of, traced
 
+pytestmark = pytest.mark.usefixtures("shared_traces")  # tracing is not what is tested here
+
 HELDOUT = Path(__file__).parents[2] / "calque" / "models" / "quill" / "heldout.txt"
 STANDARD = {"operators": "standard"}
 DYNAMIC = {"activations": "dynamic"}

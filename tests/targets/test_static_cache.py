@@ -15,6 +15,8 @@ from calque.recipe import Dims, Recipe
 from calque.runtime import Decoder, open_session
 from tests.tiny_models import TINY, save_random
 
+pytestmark = pytest.mark.usefixtures("shared_traces")  # tracing is not what is tested here
+
 SLOTS = 40
 
 

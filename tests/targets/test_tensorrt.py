@@ -23,6 +23,8 @@ from calque.targets.tensorrt import TensorRT
 from calque.validation.report import Report
 from tests.tiny_models import TINY, save_random
 
+pytestmark = pytest.mark.usefixtures("shared_traces")  # tracing is not what is tested here
+
 SLOTS = 40
 QUICK = Parity(scenarios=("single-prompt",))
 PACKAGE = {"build.json", "profiles.json", "build_engine.py", "run_engine.py", "trtexec.txt"}

@@ -1,0 +1,118 @@
+"""Artifacts of one model beside each other, whatever their targets: are their integers the same, how far apart are their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from calque import targets
+from calque.artifact import Artifact, rounds_activations
+from calque.console import table
+from calque.errors import UsageError
+from calque.validation import across
+from calque.validation.drive import ModelIO
+from calque.validation.reference import read_references
+from calque.validation.report import Report
+
+EXACT = "without rounded activations"
+
+
+def compare(
+    folders: Sequence[Path], threads: int = 0, record: bool = False, announce: Callable[[str], object] = lambda stage: None
+) -> dict[str, Any]:
+    """Return ``artifacts``, ``scenarios``, ``integers`` and ``answers`` of each two; with ``record`` each report.json holds it too.
+
+    Artifacts that round activations are compared a second time without that, where their target can run them so: runtimes round
+    in ways of their own, and what is left is how they multiply.
+
+    Raises:
+        UsageError: fewer than two artifacts, or not all of one model.
+        ArtifactUnreadable: one is no artifact, or damaged.
+        TargetUnavailable: the runtime of one is not here.
+    """
+    artifacts = _named([Artifact.read(Path(folder)) for folder in folders])
+    announce("integers")
+    integers = across.integers_apart({name: _integers(artifact) for name, artifact in artifacts.items()})
+    shared = across.shared_scenarios({name: read_references(artifact.folder) for name, artifact in artifacts.items()})
+    if not shared:
+        raise UsageError("the artifacts were proved by no scenario in common", fix="convert them with the same scenarios and max_length")
+    said: dict[str, Any] = {}
+    exact: dict[str, Any] = {}
+    for name, artifact in artifacts.items():
+        announce(name)
+        target = targets.make(artifact.target, artifact.recipe.get("options", {}))
+        scenarios = [scenario for scenario, _ in shared.values()]
+        said[name] = across.answers(target.open(artifact, threads), ModelIO.of(artifact), scenarios)
+        if session := targets.exact(target, artifact, threads):
+            exact[name] = across.answers(session, ModelIO.of(artifact, exact=True), scenarios)
+    sigmas = across.sigmas_of(shared)
+    answers = [{**row, "rounded": True} for row in across.apart(said, sigmas)]
+    if exact:
+        answers += [{**row, "rounded": False} for row in across.apart({**said, **exact}, sigmas)]
+    facts = [
+        {"name": name, "target": artifact.target, "precision": artifact.precision, "rounds_activations": rounds_activations(artifact)}
+        for name, artifact in artifacts.items()
+    ]
+    found = {"artifacts": facts, "scenarios": sorted(shared), "integers": integers, "answers": answers}
+    if record:
+        for artifact in artifacts.values():
+            replace(Report.read(artifact.folder), across=found).write(artifact.folder)
+    return found
+
+
+def _named(artifacts: Sequence[Artifact]) -> dict[str, Artifact]:
+    """Return the artifacts by target and precision, or by folder where two have both in common.
+
+    Raises:
+        UsageError: fewer than two, or of several models.
+    """
+    if len(artifacts) < 2:
+        raise UsageError("one artifact has nothing beside it", fix="name two folders or more")
+    sources = {str(artifact.source.get("sha256")): f"{artifact.folder}  {artifact.source.get('id')}" for artifact in artifacts}
+    if len(sources) > 1:
+        raise UsageError("the artifacts are of several models", list(sources.values()), "name artifacts of one model")
+    names = [f"{artifact.target} {artifact.precision}" for artifact in artifacts]
+    if len(set(names)) < len(names):
+        names = [str(artifact.folder) for artifact in artifacts]
+    return dict(zip(names, artifacts, strict=True))
+
+
+def _integers(artifact: Artifact) -> across.Matrices:
+    target = targets.make(artifact.target, artifact.recipe.get("options", {}))
+    if not artifact.passes.get("quantize_weights") or not isinstance(target, targets.HoldsIntegers):
+        return {}
+    return target.integers(artifact)
+
+
+def groups(artifacts: Sequence[Artifact]) -> list[list[Path]]:
+    """Return the folders of artifacts of one model in one precision for several targets, group by group."""
+    found: dict[tuple[str, str], dict[str, Path]] = {}
+    for artifact in artifacts:
+        found.setdefault((str(artifact.source.get("sha256")), artifact.precision), {})[artifact.target] = artifact.folder
+    return [list(folders.values()) for folders in found.values() if len(folders) > 1]
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """Return what was compared as two tables."""
+    parts = []
+    if found["integers"]:
+        rows = [
+            (row["artifact"], row["matrices"], row["rows"], row["rows_apart"] or "none", f"{row['scales']} ({row['scale_dtype']})")
+            for row in found["integers"]
+        ]
+        parts.append(table(("integers of", "matrices", "rows", "rows apart", "scales"), rows))
+    for rounded in dict.fromkeys(row["rounded"] for row in found["answers"]):
+        rows = [
+            (*row["artifacts"], row["positions"], _sigma(row), "–" if row["top1"] is None else f"{row['top1']:.4f}")
+            for row in found["answers"]
+            if row["rounded"] == rounded
+        ]
+        head = "artifact" if rounded else EXACT
+        parts.append(table((head, "beside", "positions", "worst |Δ|/σ", "top-1"), rows))
+    return "\n\n".join(parts)
+
+
+def _sigma(row: Mapping[str, Any]) -> str:
+    return "–" if not row["positions"] else "not finite" if row["worst_sigma"] is None else f"{row['worst_sigma']:.1e}"

@@ -1,0 +1,63 @@
+"""TorchScript artifacts run by torch: whole files by its interpreter, mobile ones by the interpreter of phones."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calque.runtime.torch_session import TorchSession
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from calque.runtime.torch_session import Run
+
+# What torch 2.13 says of TorchScript at every call: that there will be no more of it. It is what these artifacts are made of.
+DEPRECATED = r".*(torch\.jit|TorchScript|Lite Interpreter).*"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep to itself that torch calls TorchScript deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=DEPRECATED, category=DeprecationWarning)
+        yield
+
+
+class TorchScriptSession(TorchSession):
+    """Runs ``model.pt`` in torch's own interpreter."""
+
+    runtime = "TorchScript"
+
+    def load(self, path: Path, graph: str) -> Run:
+        """Return what runs the module at ``path``."""
+        import torch
+
+        with quiet():
+            return _listed(torch.jit.load(str(path), map_location="cpu").eval())
+
+
+class LiteSession(TorchSession):
+    """Runs ``model.ptl`` in the lite interpreter, the one that is on phones."""
+
+    runtime = "the lite interpreter"
+
+    def load(self, path: Path, graph: str) -> Run:
+        """Return what runs the module at ``path``."""
+        from torch.jit.mobile import _load_for_lite_interpreter
+
+        with quiet():
+            return _listed(_load_for_lite_interpreter(str(path), map_location="cpu"))
+
+
+def _listed(module: Callable[..., Any]) -> Run:
+    """Return what calls a module whose one result is a tensor and no tuple."""
+
+    def run(given: list[Any]) -> list[Any]:
+        results = module(*given)
+        return list(results) if isinstance(results, tuple) else [results]
+
+    return run

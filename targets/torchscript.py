@@ -1,0 +1,81 @@
+"""TorchScript: one file that torch loads on a CPU without Python code of the model, in Python and in C++.
+
+::
+
+    model.pt          the graph as TorchScript, frozen: its weights are constants, tied ones once
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from calque.artifact import Artifact, GraphSpec
+from calque.choices import NARROW, QUANTIZED
+from calque.errors import UsageError
+from calque.passes import Pass
+from calque.targets import Emitted, Problem, package_rows
+
+if TYPE_CHECKING:
+    from calque.session import Session
+    from calque.targets._torchscript import Writer
+    from calque.traced import TracedModel
+
+FILE = "model.pt"
+
+
+@dataclass(frozen=True)
+class TorchScript:
+    """``activations``: what int8 multiplies: values rounded to 8 bits, all of a call alike (``dynamic``), or float32 as they are."""
+
+    activations: Literal["dynamic", "float32"] = "dynamic"
+
+    name: ClassVar[str] = "torchscript"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8")
+
+    def passes(self, precision: str) -> tuple[Pass, ...]:
+        """Return the passes of this target, in order.
+
+        Raises:
+            UsageError: an option that the precision does not go with.
+        """
+        from calque.targets._torchscript_passes import listed
+
+        if self.activations == "float32" and precision != "int8":
+            raise UsageError(f"activations: float32 does not go with precision: {precision}", fix="leave one of the two out")
+        return listed(QUANTIZED.get(precision), NARROW.get(precision), self.activations)
+
+    def problems(self, model: TracedModel) -> list[Problem]:
+        """Return the nodes that have no line of TorchScript."""
+        return self.lower(model).problems
+
+    def lower(self, model: TracedModel) -> Writer:
+        """Return the lines of TorchScript; its weights are still where the checkpoint has them."""
+        from calque.targets import _torchscript_passes
+
+        return _torchscript_passes.lower(model)
+
+    def emit(self, lowered: Writer, model: TracedModel, folder: Path) -> Emitted:
+        """Write model.pt; all weights are in memory."""
+        from calque.targets._torchscript_file import save
+
+        save(lowered, model, folder / FILE)
+        return Emitted({"model": GraphSpec(FILE, model.inputs, model.outputs)}, model.limits)
+
+    def emission_bytes(self, weights: int) -> int:
+        """Return about how much memory writing takes of so many bytes of weights."""
+        return 2 * weights
+
+    def open(self, artifact: Artifact, threads: int = 0) -> Session:
+        """Return a session of torch on this machine's CPU."""
+        from calque.runtime.torchscript_session import TorchScriptSession
+
+        return TorchScriptSession(artifact, threads)
+
+    def doctor(self) -> list[tuple[str, str, str]]:
+        """Return the packages that emitting and running take."""
+        return package_rows({"torch": "to convert and to run"})
+
+
+TARGET = TorchScript
