@@ -24,6 +24,7 @@ from uuid import NAMESPACE_URL, uuid5
 
 import numpy as np
 
+from calque.errors import Unsupported
 from calque.runtime.mil_file import MilFile, Named, Stored
 
 if TYPE_CHECKING:
@@ -78,6 +79,10 @@ def program(functions: dict[str, Function]) -> Any:
         PASS_REGISTRY[name](made)
     for function in functions.values():
         _share_constants(function)
+    try:
+        made._check_early_error_out_for_invalid_program()  # as coremltools' own conversion asks
+    except ValueError as error:
+        raise Unsupported("Core ML cannot say the graph", [str(error)], "use a model without it") from error
     return made
 
 
@@ -97,10 +102,25 @@ def write(made: Any, package: Path, integers: dict[str, str]) -> None:
     (data / "weights").mkdir(parents=True)
     with quiet():
         model = load(made, str(data / "weights"), specification_version=9, convert_to="mlprogram", convert_from="milinternal")
+    for description in (model.description, *model.description.functions):
+        _bound_all(description.input)
     if integers:
         model.description.metadata.userDefined[INTEGERS] = json.dumps(integers, sort_keys=True)
     (data / "model.mlmodel").write_bytes(model.SerializeToString(deterministic=True))
     (package / "Manifest.json").write_text(json.dumps(_manifest(package.name), indent=4) + "\n", encoding="utf-8")
+
+
+def _bound_all(inputs: Any) -> None:
+    """Give inputs of a fixed shape bounds too, where others have some.
+
+    Beside states Core ML takes a fixed shape for one of a list, and refuses both kinds in a model: EnumeratedWithRangeInputsException.
+    Source: https://github.com/apple/coremltools/issues/2548, seen there on macOS; not run here.
+    """
+    arrays = [feature.type.multiArrayType for feature in inputs]
+    if any(array.HasField("shapeRange") for array in arrays):
+        for array in arrays:
+            for size in () if array.HasField("shapeRange") else tuple(array.shape):
+                array.shapeRange.sizeRanges.add(lowerBound=size, upperBound=size)
 
 
 def _manifest(name: str) -> dict[str, Any]:
