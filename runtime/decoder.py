@@ -48,8 +48,7 @@ class Decoder:
         """Be ready for the first call.
 
         Raises:
-            Unsupported: the artifact keeps no states, has graphs that no rule chooses from, or its states are updated in place by
-                another runtime.
+            Unsupported: the artifact keeps no states, or has graphs that no rule chooses from.
             ArtifactUnreadable: its graph cannot be read.
         """
         if not artifact.states:
@@ -120,11 +119,9 @@ class Decoder:
 
 def _states(artifact: Artifact, session: Session, rows: int) -> _HandedOn | _Shared:
     """Return what keeps the states of an artifact."""
-    static = [state.input for state in artifact.states if state.update == "in_place"]
     if not isinstance(session, OnnxRuntimeSession):
-        if static:
-            raise Unsupported("only ONNX Runtime's session updates states in place", static, "use the artifact's own runtime")
         return _HandedOn(artifact, session, rows)
+    static = any(state.update == "in_place" for state in artifact.states)
     grows = all(state.update == "append" for state in artifact.states)
     [(graph, spec)] = artifact.graphs.items()
     file = artifact.folder / spec.file
@@ -137,10 +134,10 @@ def _states(artifact: Artifact, session: Session, rows: int) -> _HandedOn | _Sha
 class _HandedOn:
     """States that are outputs of one call and inputs of the next."""
 
-    compact = False  # padding keeps its slots
-
     def __init__(self, artifact: Artifact, run: Any, rows: int) -> None:
         self._artifact, self._run, self._rows = artifact, run, rows
+        # Where they grow padding keeps its slots, and a static cache has none for it.
+        self.compact = any(state.update == "in_place" for state in artifact.states)
         self._arrays: dict[str, Array] = {}
 
     def clear(self) -> None:
