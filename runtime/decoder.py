@@ -121,6 +121,10 @@ def _states(artifact: Artifact, session: Session, rows: int) -> _HandedOn | _Sha
     """Return what keeps the states of an artifact."""
     if not isinstance(session, OnnxRuntimeSession):
         return _HandedOn(artifact, session, rows)
+    if any(state.dtype == "bfloat16" for state in artifact.states):
+        raise TargetUnavailable(
+            "ONNX Runtime takes no bfloat16 of numpy, in which this artifact carries its states", fix="run it on its device"
+        )
     static = any(state.update == "in_place" for state in artifact.states)
     grows = all(state.update == "append" for state in artifact.states)
     [(graph, spec)] = artifact.graphs.items()
@@ -250,5 +254,5 @@ def _zeros(state: StateSpec, rows: int, slots: int) -> Array:
     """Return a state before its first token, with room for ``slots`` where it grows."""
     dims = {"batch_size": rows, "past_sequence_length": slots}
     if state.dtype == "bfloat16":
-        raise TargetUnavailable("numpy has no bfloat16, in which this artifact carries its states", fix="run it where its runtime is")
+        import ml_dtypes  # noqa: F401  # numpy knows the type by its name from then on
     return np.zeros([dims[size] if isinstance(size, str) else size for size in state.shape], dtype=state.dtype)

@@ -46,9 +46,10 @@ NOTES = (
     "are small ones of their type with random weights, MiniLM-L6, S and M of the sizes that were released, quill the built-in one, and "
     "a Llama of 30M parameters for sizes. Core ML's packages are run by Calque's interpreter of MIL, in numpy, whose times say nothing "
     "of a device. Where activations are rounded, *worst* is that of the same file without rounding where its runtime can do so, "
-    "*rounded* with it. A cell that failed has its error. Two threads."
+    "*rounded* with it. A cell that failed has its error. One thread."
 )
-THREADS = 2
+# Of more, each operator of torch waits for the slowest, which on a machine that does something else is the next time slice.
+THREADS = 1
 # What lies beside graph and weights.
 COMPANIONS = (".json", ".jinja", ".npz", ".cpp", ".txt", "LICENSE", "tokenizer.model")
 
