@@ -38,7 +38,7 @@ def source(name: str, folder: Path) -> str:
     return str(save_decoder(TYPES[name], folder) if name in TYPES else save_encoder(folder, name))
 
 
-def proved(name: str, precision: str, folder: Path, *scenarios: str, **options: Any) -> calque.Artifact:
+def proved(name: str, precision: Any, folder: Path, *scenarios: str, **options: Any) -> calque.Artifact:
     task = "sentence-similarity" if name == "minilm" else None
     parity = Parity(scenarios=scenarios) if scenarios else Parity()
     recipe = Recipe(model=source(name, folder / "source"), task=task, target="coreml", precision=precision, options=options, parity=parity)
