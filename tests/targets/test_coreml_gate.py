@@ -22,7 +22,7 @@ pytest.importorskip("coremltools")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 ENCODERS = ("bert", "roberta", "distilbert", "albert", "mpnet", "modernbert", "nomic_bert", "t5", "deberta-v2")
 # At near ties float16 chooses other experts than float32, on any target.
-ROUTED = ("gpt_oss", "qwen3_moe")
+ROUTED = ("gpt_oss", "mixtral", "qwen3_moe")
 DECODERS = tuple(name for name in TYPES if name not in ROUTED)
 STATEFUL = ("llama", "qwen3", "gemma3_text", "phi3", "phi3-longrope", "gpt2")
 
