@@ -76,7 +76,7 @@ class Check:
 
 NOT_RUN = Check("not_run", reason="not reached")
 # The targets whose files say all that is rounded.
-AS_WRITTEN = ("tensorrt", "torchscript", "torchscript-lite", "aotinductor", "coreml")
+AS_WRITTEN = ("tensorrt", "torchscript", "torchscript-lite", "coreml")
 # The worst figure of a run that agrees exactly; no smaller one is worth a digit in the manifest.
 FLOOR = 1e-9
 
@@ -234,7 +234,7 @@ def rounds_activations(artifact: Artifact) -> bool:
     """Return whether running the artifact rounds activations to 8 bits: where its file says so, or its runtime does so of itself."""
     if artifact.passes.get("quantize_activations", 0):
         return True
-    # ONNX Runtime multiplies integers with rounded values unless it is told not to.
+    # ONNX Runtime, and our own kernels in packages of AOTInductor, multiply integers with rounded values unless told not to.
     options = artifact.recipe.get("options", {})
     codes = artifact.passes.get("quantize_weights", 0) > 0
     return codes and artifact.target not in AS_WRITTEN and options.get("activations", "int8") != "float32"

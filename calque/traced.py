@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind, Outpu
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from calque import expert_ops, ops, quantized_ops, slot_ops  # noqa: F401  # register torch.ops.calque
+from calque import expert_ops, ops, panel_ops, quantized_ops, slot_ops  # noqa: F401  # register torch.ops.calque
 from calque.artifact import Limits, TensorSpec
 from calque.states import StateSpec
 from calque.weights import Derived, Weight, WeightTable, narrowed_scale, rounded, torch_dtype_name

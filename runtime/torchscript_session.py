@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,14 @@ class TorchScriptSession(TorchSession):
         import torch
 
         with quiet():
-            return _listed(torch.jit.load(str(path), map_location="cpu").eval())
+            run = _listed(torch.jit.load(str(path), map_location="cpu").eval())
+
+        def unprofiled(given: list[Any]) -> Sequence[Any]:
+            # Profiled, the first two calls of each graph take twice as long, and none after them is faster (docs/targets/torchscript.md).
+            with torch.jit.optimized_execution(False):
+                return run(given)
+
+        return unprofiled
 
 
 class LiteSession(TorchSession):

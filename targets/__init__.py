@@ -190,8 +190,8 @@ class Built:
 
 
 @runtime_checkable
-class Builds(Protocol):
-    """A target whose runtime makes something of the artifact before it runs it, perhaps with what is not on this machine."""
+class Requires(Protocol):
+    """A target that needs more than packages of Python, by its options or by what is asked of it."""
 
     def require(self, needed: Requirement | None) -> None:
         """Leave quietly if what the options ask for by name is here, and what builds or runs the artifact where that is needed.
@@ -200,6 +200,11 @@ class Builds(Protocol):
             TargetUnavailable: it is not; said before any work.
         """
         ...
+
+
+@runtime_checkable
+class Builds(Requires, Protocol):
+    """A target whose runtime makes something of the artifact before it runs it, perhaps with what is not on this machine."""
 
     def builder_bytes(self, weights: int) -> int:
         """Return about how much memory building takes of so many bytes of weights."""
@@ -224,7 +229,7 @@ def require(target: Target, needed: Requirement | None) -> None:
     Raises:
         TargetUnavailable: it is not.
     """
-    if isinstance(target, Builds):
+    if isinstance(target, Requires):
         target.require(needed)
 
 

@@ -49,15 +49,27 @@ def to_aten(model: TracedModel, meanings: Mapping[Any, Meaning] | None = None, w
 
 def bind(program: ExportedProgram, model: TracedModel) -> ExportedProgram:
     """Return the program with every real tensor in the place of its fake; every weight is read."""
-    held = [spec for spec in program.graph_signature.input_specs if spec.kind != InputKind.USER_INPUT]
-    for spec, tensor in zip(held, model.bind(), strict=True):
-        assert spec.target is not None
+    real = tensors(model)
+    for spec in program.graph_signature.input_specs:
+        if spec.kind == InputKind.USER_INPUT or spec.target is None:
+            continue
         if spec.target in program.constants:
-            program.constants[spec.target] = tensor
+            program.constants[spec.target] = real[spec.target]
         else:
             parameter = spec.kind == InputKind.PARAMETER
-            program.state_dict[spec.target] = torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
+            held = real[spec.target]
+            program.state_dict[spec.target] = torch.nn.Parameter(held, requires_grad=False) if parameter else held
     return program
+
+
+def tensors(model: TracedModel) -> dict[str, Tensor]:
+    """Return the real tensor of every parameter, buffer and constant by its name; every weight is read.
+
+    By name: decomposing a program puts its parameters in another order.
+    """
+    specs = model.program.graph_signature.input_specs
+    names = [spec.target for spec in specs if spec.kind != InputKind.USER_INPUT and spec.target is not None]
+    return dict(zip(names, model.bind(), strict=True))
 
 
 def dot_product_attention(

@@ -2,13 +2,13 @@
 
 ::
 
-    %size = aten.sym_size.int(%arg_0, 1)               v_size = input_ids.size(1)
-    %total = operator.add(%past, %size)                v_total = v_past + v_size
-    %halves = aten.split.Tensor(%x, 96, -1)            v_left, v_right = torch.ops.aten.split(v_x, 96, -1)
+    %size = aten.sym_size.int(%arg_0, 1)               size_0 = input_ids.size(1)
+    %total = operator.add(%past, %size)                add_1 = past + size_0
+    %halves = aten.split.Tensor(%x, 96, -1)            split_2_0, split_2_1 = torch.ops.aten.split(x, 96, -1)
     %left = operator.getitem(%halves, 0)
-    %turned = aten.view.default(%x, [%size, -1, 24])   v_turned = torch.ops.aten.view(v_x, [v_size, -1, 24])
+    %turned = aten.view.default(%x, [%size, -1, 24])   view_3 = torch.ops.aten.reshape(add_1, [size_0, -1, 24])
     %p_norm_weight                                     self.model_norm_weight, one attribute for tied ones
-    %n = aten.clone.default(%x), where nothing moves   v_x: nothing is written in place, so that no copy is needed
+    %n = aten.clone.default(%x)                        x: nothing is written in place, so that no copy is needed
 
 A trace by torch.jit bakes in the sizes that it saw; these lines hold for any.
 """
@@ -49,7 +49,16 @@ ASSERTIONS = frozenset(
     }
 )
 # Another name for the same numbers, where nothing is written in place.
-ALIASES = frozenset({aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default, aten.lift_fresh.default})
+ALIASES = frozenset(
+    {
+        aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default, aten.detach_.default,
+        aten.lift_fresh_copy.default, aten.lift_fresh.default,
+    }
+)  # fmt: skip
+# What asks how numbers lie in memory, which another release of torch may decide otherwise than the one that traced: attention of 2.1
+# gives them in another order than that of 2.13.
+VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
+LAID = frozenset({aten.as_strided.default, aten.sym_stride.int, aten.sym_storage_offset.default})
 # Arithmetic on sizes, as TorchScript writes it.
 INFIX = {
     operator.add: "+", operator.sub: "-", operator.mul: "*", operator.floordiv: "//", operator.truediv: "/", operator.mod: "%",
@@ -62,7 +71,7 @@ PREFIX: dict[Any, str] = {
     math.trunc: "int({})", round: "round({})", torch.sym_ite: "({1} if {0} else {2})",
 }  # fmt: skip
 SIZES: dict[Any, str] = {
-    aten.sym_size.int: "{}.size({})", aten.sym_stride.int: "{}.stride({})", aten.sym_numel.default: "{}.numel()",
+    aten.sym_size.int: "{}.size({})", aten.sym_numel.default: "{}.numel()",
 }  # fmt: skip
 # Operators whose names are no words of Python's.
 DUNDER = {"__and__": "&", "__or__": "|", "__xor__": "^", "__lshift__": "<<", "__rshift__": ">>"}
@@ -72,30 +81,41 @@ SILENT = {"device": torch.device("cpu"), "layout": torch.strided, "pin_memory": 
 Write = Callable[["Writer", Node], str]
 
 
+def as_it_is(held: Tensor) -> Tensor:
+    """Return a parameter that the module holds as it was."""
+    return held
+
+
 @dataclass(frozen=True)
 class Attribute:
-    """Something that the module holds: made of real tensors by ``make``, kept from being folded into others if ``kept``."""
+    """Something that the module holds: made of real tensors by ``make``, kept from being folded into others if ``kept``.
+
+    ``weight``: the name of the weight whose integers these are.
+    """
 
     parts: tuple[Node, ...]
     make: Callable[..., Any]
     kept: bool = False
+    weight: str = ""
 
 
 @dataclass
 class Writer:
     """Lines of TorchScript, written node by node; ``own`` writes operators that are no operators of ATen.
 
-    ``names``: what a node's value is called; ``attributes``: what the module holds, by name.
+    ``origins``: the node of each line; ``names``: what a node's value is called; ``attributes``: what the module holds, by name;
+    ``methods``: others than ``forward``, whole.
     """
 
     program: ExportedProgram
     inputs: tuple[str, ...]
     own: Mapping[Any, Write] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
+    origins: list[Node] = field(default_factory=list)
     names: dict[Node, str] = field(default_factory=dict)
     attributes: dict[str, Attribute] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    imports: set[str] = field(default_factory=set)
+    methods: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Know which parameter each placeholder is, and write every node."""
@@ -115,14 +135,14 @@ class Writer:
 
     @property
     def source(self) -> str:
-        """The method ``forward``."""
+        """The methods, ``forward`` first."""
         given = "".join(f", {name}: Tensor" for name in self.arguments)
-        return f"def forward(self{given}):\n" + "".join(f"    {line}\n" for line in self.lines)
+        return f"def forward(self{given}):\n" + "".join(f"    {line}\n" for line in self.lines) + "".join(self.methods)
 
     def _node(self, node: Node) -> None:
         if node.op == "output":
             values = [self.value(value) for value in node.args[0]]  # type: ignore[union-attr]
-            self.lines.append("return " + (f"({', '.join(values)})" if len(values) > 1 else values[0]))
+            self.line(node, "return " + (f"({', '.join(values)})" if len(values) > 1 else values[0]))
         elif node.op == "get_attr":
             self.names[node] = "None"  # a graph inside the graph: what calls it is refused
         elif node.op == "call_function":
@@ -132,7 +152,7 @@ class Writer:
         target: Any = node.target
         if target in ASSERTIONS:
             return
-        if target in ALIASES or target is aten.clone.default and _lies_the_same(node):
+        if target in ALIASES:
             self.names[node] = self.value(node.args[0])
         elif target is operator.getitem:
             self._item(node)
@@ -141,16 +161,26 @@ class Writer:
 
     def _assign(self, node: Node, expression: str) -> None:
         """Write a line; of an operator with several results each has a name of its own."""
+        called = self.fresh(node)
         results = node.meta.get("val")
+        self.names[node] = called
         if isinstance(results, list | tuple):
             read = {user.args[1] for user in node.users if user.target is operator.getitem}
-            names = [f"v_{node.name}_{at}" if at in read else "_" for at in range(len(results))]
-            if len(results) == 1:
-                expression = f"{expression}[0]"
-            self.lines.append(f"{', '.join(names)} = {expression}")
+            parts = [f"{called}_{at}" if at in read else "_" for at in range(len(results))]
+            self.line(node, f"{', '.join(parts)} = {expression}{'[0]' if len(results) == 1 else ''}")
         else:
-            self.lines.append(f"v_{node.name} = {expression}")
-        self.names[node] = f"v_{node.name}"
+            self.line(node, f"{called} = {expression}")
+
+    def fresh(self, node: Node) -> str:
+        """Return a name for a node's value, by its operator and line: names of nodes depend on what was traced before."""
+        target: Any = node.target
+        known = target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "value")
+        return f"{known.strip('_')}_{len(self.lines)}"
+
+    def line(self, node: Node, text: str) -> None:
+        """Write a line of ``forward`` that comes from a node."""
+        self.lines.append(text)
+        self.origins.append(node)
 
     def _item(self, node: Node) -> None:
         values, at = node.args
@@ -167,8 +197,6 @@ class Writer:
         if target in INFIX:
             return self._of_its_kind(node, f"{self.value(node.args[0])} {INFIX[target]} {self.value(node.args[1])}")
         if target in PREFIX or target in SIZES:
-            if target in (math.ceil, math.floor):
-                self.imports.add("math")
             return (PREFIX.get(target) or SIZES[target]).format(*map(self.value, node.args))
         if target in (aten.item.default, aten._local_scalar_dense.default):
             return self._of_its_kind(node, f"{self.value(node.args[0])}.item()", always=True)
@@ -184,6 +212,10 @@ class Writer:
 
     def _operator(self, node: Node, target: Any) -> str:
         namespace, name = target._schema.name.split("::")
+        if target in LAID:
+            raise Inexpressible(f"{target} depends on how numbers lie in memory, which no release of torch promises another")
+        if target in VIEWS:
+            name = "reshape"
         if namespace not in ("aten", "quantized"):
             raise Inexpressible(f"{target} has no TorchScript", _way_out(target))
         known = {each.name: each.type for each in target._schema.arguments}
@@ -212,22 +244,22 @@ class Writer:
             self.names[value] = self.attribute(self.held[value.name], (value,), kept=_is_integers(value))
         return self.names[value]
 
-    def attribute(self, name: str, parts: tuple[Node, ...], make: Callable[..., Any] = lambda held: held, kept: bool = False) -> str:
+    def attribute(
+        self, name: str, parts: tuple[Node, ...], make: Callable[..., Any] = as_it_is, kept: bool = False, weight: str = ""
+    ) -> str:
         """Return how the module's own value is read that ``make`` gives of the parameters ``parts``; named after ``name``."""
+        made = Attribute(parts, make, kept, weight)
+        for called, known in self.attributes.items():
+            if known.make is make and known.parts == parts:
+                return f"self.{called}"
         called = next(iter(unique_names((name,), self.attributes)))
-        self.attributes[called] = Attribute(parts, make, kept)
+        self.attributes[called] = made
         return f"self.{called}"
 
 
 def _is_integers(node: Node) -> bool:
     """Return whether a parameter is of narrow integers: freezing would make numbers of them, four times as large."""
     return node.meta["val"].dtype in (torch.int8, torch.uint8)
-
-
-def _lies_the_same(node: Node) -> bool:
-    """Return whether a copy's numbers lie as those of what it copies."""
-    before, after = (value.meta["val"] for value in (node.args[0], node))  # type: ignore[union-attr]
-    return [str(size) for size in before.stride()] == [str(size) for size in after.stride()]
 
 
 def _way_out(target: Any) -> str:
@@ -253,26 +285,30 @@ def write(program: ExportedProgram, model: TracedModel, own: Mapping[Any, Write]
     return Writer(program, tuple(spec.name for spec in model.inputs), own or {})
 
 
-def compiled(written: Writer, tensors: Mapping[Node, Tensor]) -> torch.jit.ScriptModule:
-    """Return the module that the lines are the ``forward`` of; parameters that are one tensor are one attribute's.
+def compiled(written: Writer, values: Mapping[str, Any]) -> torch.jit.ScriptModule:
+    """Return the module that the lines are the ``forward`` of, with so named values for its attributes.
 
     It has types of its own, so that what is saved does not depend on what was compiled before.
+
+    Raises:
+        RuntimeError: TorchScript refuses a line.
     """
-    unit = torch._C.CompilationUnit()
-    module = torch._C.ScriptModule("__torch__.Model", unit, True)
-    for name, held in written.attributes.items():
-        made = held.make(*(tensors[part] for part in held.parts))
-        inferred = torch._C._jit_try_infer_type(made)
-        module._register_attribute(name, inferred.type(), made.detach() if isinstance(made, Tensor) else made)
-    known = {"torch": torch, "math": math}
+    module = torch._C.ScriptModule("__torch__.Model", torch._C.CompilationUnit(), True)
+    for name, value in values.items():
+        module._register_attribute(name, torch._C._jit_try_infer_type(value).type(), value)
     concrete = torch._C.ConcreteModuleType.from_jit_type(module._type())
-    module._define(concrete, written.source, known.get)
-    made_module: torch.jit.ScriptModule = torch.jit._recursive.wrap_cpp_module(module)
-    return made_module.eval()
+    module._define(concrete, written.source, {"torch": torch, "math": math}.get)
+    made: torch.jit.ScriptModule = torch.jit._recursive.wrap_cpp_module(module)
+    return made.eval()
 
 
 def frozen(written: Writer, tensors: Mapping[Node, Tensor]) -> torch.jit.ScriptModule:
     """Return the module with its weights as constants and what follows of them worked out; integers stay integers."""
+    values = {}
+    for name, held in written.attributes.items():
+        value = held.make(*(tensors[part] for part in held.parts))
+        values[name] = value.detach() if isinstance(value, Tensor) else value
     kept = [name for name, held in written.attributes.items() if held.kept]
-    made: torch.jit.ScriptModule = torch.jit.freeze(compiled(written, tensors), preserved_attrs=kept)
+    kept += re.findall(r"^def (\w+)", "".join(written.methods), re.MULTILINE)
+    made: torch.jit.ScriptModule = torch.jit.freeze(compiled(written, values), preserved_attrs=kept)
     return made

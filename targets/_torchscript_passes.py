@@ -11,7 +11,7 @@ from calque.choices import NarrowType
 from calque.passes import Pass
 from calque.targets import _torchscript
 from calque.targets._aten import dot_product_attention, to_aten
-from calque.targets._torchscript_integers import OWN
+from calque.targets._torchscript_integers import own
 from calque.traced import TracedModel
 
 
@@ -44,4 +44,5 @@ def listed(integers: Mapping[str, Any] | None, narrow: NarrowType | None, activa
 def lower(model: TracedModel) -> _torchscript.Writer:
     """Return the model's lines of TorchScript."""
     meanings = {torch.ops.calque.attention.default: dot_product_attention}
-    return _torchscript.write(to_aten(model, meanings, whole=OWN), model, OWN)
+    written = own(model)
+    return _torchscript.write(to_aten(model, meanings, whole=written), model, written)

@@ -48,7 +48,9 @@ class TorchScript:
 
     def problems(self, model: TracedModel) -> list[Problem]:
         """Return the nodes that have no line of TorchScript."""
-        return self.lower(model).problems
+        from calque.targets import _torchscript_check
+
+        return _torchscript_check.problems(self.lower(model))
 
     def lower(self, model: TracedModel) -> Writer:
         """Return the lines of TorchScript; its weights are still where the checkpoint has them."""

@@ -1,0 +1,146 @@
+"""Packages of AOTInductor over one file of weights, which is mapped once, whatever number of packages reads it.
+
+The code of a package has no weights: it is given them before it is run at all, as it crashes the process otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calque.errors import ArtifactUnreadable, TargetUnavailable
+from calque.runtime.artifact_session import REDO
+from calque.runtime.torch_session import TorchSession
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from calque.artifact import Artifact
+    from calque.runtime.torch_session import Run
+
+# The one model in a package, and the file of its weights.
+MODEL = "model"
+WEIGHTS = "model.safetensors"
+# A weight that is a switch, int8 [1]: whether products with integers round what they read to 8 bits.
+ROUNDS = "calque.rounds"
+
+# What x86 processors have of vectors, each as well as those before it.
+WIDTHS = ("", "AVX2", "AVX512")
+# safetensors' dtype names, and torch's.
+DTYPES = {
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+class AOTInductorSession(TorchSession):
+    """Runs packages of AOTInductor; states go in and come out. ``exact``: products round nothing, whatever the artifact's do."""
+
+    runtime = "AOTInductor"
+
+    def __init__(self, artifact: Artifact, threads: int = 0, exact: bool = False) -> None:
+        super().__init__(artifact, threads)
+        self._exact = exact
+        self._weights: dict[str, Tensor] = {}
+
+    def load(self, path: Path, graph: str) -> Run:
+        """Return what runs the package at ``path``, its weights loaded.
+
+        Raises:
+            ArtifactUnreadable: the weights are missing, cut short, or not those of the package.
+            TargetUnavailable: the package was compiled for another processor.
+        """
+        from torch._C._aoti import AOTIModelPackageLoader
+
+        weights = self.weights()
+        _require_processor(AOTIModelPackageLoader.load_metadata_from_package(str(path), MODEL), path)
+        loader = AOTIModelPackageLoader(str(path), MODEL, False, 1, -1)
+        names = loader.get_constant_fqns()
+        if missing := sorted(set(names) - set(weights)):
+            raise ArtifactUnreadable(f"{WEIGHTS} lacks weights of {path.name}", missing, REDO)
+        loader.load_constants({name: weights[name] for name in names}, False, True, True)
+        run: Run = loader.run
+        return run
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights by name, over the mapped file, the same tensors each time.
+
+        Raises:
+            ArtifactUnreadable: the file is missing or cut short.
+        """
+        if not self._weights:
+            self._weights = mapped(self.artifact.folder / WEIGHTS)
+            if self._exact and ROUNDS in self._weights:
+                self._weights[ROUNDS] = self._weights[ROUNDS] & 0
+        return self._weights
+
+
+def _require_processor(metadata: dict[str, str], path: Path) -> None:
+    """Leave quietly if this processor has what the package was compiled for: what it has not would end the process.
+
+    Raises:
+        TargetUnavailable: it is of another kind, or older.
+    """
+    import torch
+
+    machine, vectors = metadata.get("AOTI_MACHINE", ""), metadata.get("AOTI_CPU_ISA", "").split()[:1]
+    here = torch.backends.cpu.get_cpu_capability()
+    wanted = vectors[0] if vectors else ""
+    if machine not in ("", platform.machine()) or (wanted in WIDTHS and WIDTHS.index(here if here in WIDTHS else "") < WIDTHS.index(wanted)):
+        raise TargetUnavailable(
+            f"{path.name} was compiled for {machine} with {wanted or 'no vectors'}, this is {platform.machine()} with {here}",
+            fix="convert the model on a machine of this kind, or without march: native",
+        )
+
+
+def mapped(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file by name, over its mapped pages.
+
+    Raises:
+        ArtifactUnreadable: the file is missing, cut short, or no safetensors file.
+    """
+    import torch
+
+    entries, start = header(path)
+    pages: Any = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    tensors = {}
+    for name, entry in entries.items():
+        low, high = entry["data_offsets"]
+        flat = pages[start + low : start + high].view(getattr(torch, DTYPES[entry["dtype"]]))
+        tensors[name] = flat.reshape(entry["shape"])
+    return tensors
+
+
+def header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return what a safetensors file says of its tensors, and where their bytes begin.
+
+    Raises:
+        ArtifactUnreadable: the file is missing, cut short, or no safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            entries = json.loads(file.read(min(length, path.stat().st_size)))
+        entries.pop("__metadata__", None)
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
+        for entry in entries.values():
+            low, high = entry["data_offsets"]
+            if DTYPES[entry["dtype"]] and (high - low) % max(1, math.prod(entry["shape"])):
+                raise ValueError(f"{entry} is of no size that fits")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        why = error.strerror if isinstance(error, OSError) else f"it is no safetensors file: {error}"
+        raise ArtifactUnreadable(f"{path} cannot be read: {why}", fix=REDO) from error
+    if short := max([0, *ends]) + 8 + length - path.stat().st_size:
+        raise ArtifactUnreadable(f"{path} is not whole: it ends {abs(short)} bytes too {'early' if short > 0 else 'late'}", fix=REDO)
+    return entries, 8 + length

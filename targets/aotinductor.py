@@ -1,0 +1,159 @@
+"""AOTInductor: the model compiled to machine code, in a package that Python and C++ load; its weights lie beside it.
+
+::
+
+    model.pt2                   every call: graphs: one
+    prefill.pt2, decode.pt2     graphs: split, of which decode takes calls of one new token of each row
+    model.safetensors           the weights, mapped once and read by all packages
+
+The code is for any processor of x86-64-v3 (AVX2), unless ``march: native``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from calque.artifact import DECODE, PREFILL, Artifact, GraphSpec, rounds_activations
+from calque.choices import NARROW, QUANTIZED, Requirement
+from calque.errors import TargetUnavailable
+from calque.passes import Pass
+from calque.runtime.aotinductor_session import MODEL, WEIGHTS
+from calque.targets import Emitted, Problem, package_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.export import ExportedProgram
+
+    from calque.session import Session
+    from calque.traced import TracedModel
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The programs that are compiled, each with what the manifest says of it; the model and the names of the weights they read."""
+
+    model: TracedModel
+    weights: Mapping[str, Tensor]
+    graphs: Mapping[str, tuple[ExportedProgram, GraphSpec]]
+
+
+@dataclass(frozen=True)
+class AOTInductor:
+    """``march``: code for any processor of the machine's baseline, or for this one alone.
+
+    ``graphs``: one package for every call, or ``split``: one for prompts and one for steps, over the same weights.
+    ``activations``: what int8 and int4 multiply: values rounded to 8 bits, block by block, or float32 as they are.
+    """
+
+    march: Literal["portable", "native"] = "portable"
+    activations: Literal["int8", "float32"] = "int8"
+    graphs: Literal["one", "split"] = "one"
+
+    name: ClassVar[str] = "aotinductor"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8", "int4")
+
+    def require(self, needed: Requirement | None) -> None:
+        """Leave quietly if a C++ compiler is here; what was compiled runs where it was.
+
+        Raises:
+            TargetUnavailable: there is none.
+        """
+        from calque.targets import _aotinductor_compile
+
+        _aotinductor_compile.find_compiler()
+
+    def passes(self, precision: str) -> tuple[Pass, ...]:
+        """Return the passes of this target, in order."""
+        from calque.passes.cache_dynamic import CacheDynamic
+        from calque.passes.cast_precision import CastPrecision
+        from calque.passes.drop_zero_bias import DropZeroBias
+        from calque.passes.pack_panels import PackPanels
+        from calque.passes.quantize_weights import QuantizeWeights
+
+        cast = (CastPrecision(NARROW[precision]),) if precision in NARROW else ()
+        if precision in QUANTIZED:
+            return (QuantizeWeights(**QUANTIZED[precision]), DropZeroBias(), CacheDynamic(), PackPanels())
+        return (DropZeroBias(), CacheDynamic(), *cast)
+
+    def problems(self, model: TracedModel) -> list[Problem]:
+        """Return nothing: what Inductor cannot compile it says while it does."""
+        return []
+
+    def lower(self, model: TracedModel) -> Lowered:
+        """Return the program in ATen; its weights are still where the checkpoint has them."""
+        import torch
+
+        from calque.targets import _aotinductor_graphs, _aotinductor_products, _aotinductor_weights, _aten
+
+        told = _aotinductor_products.switched(model, self.activations == "int8")
+        meanings = {torch.ops.calque.attention.default: _aten.dot_product_attention}
+        program = _aten.to_aten(told, meanings, (_aotinductor_products.PANEL_LINEAR,))
+        weights = _aotinductor_weights.unite(program, told)
+        whole = GraphSpec(f"{MODEL}.pt2", model.inputs, model.outputs)
+        if self.graphs == "one" or not model.states:
+            return Lowered(told, weights, {MODEL: (program, whole)})
+        inputs, outputs = (_aotinductor_graphs.step_specs(specs) for specs in (model.inputs, model.outputs))
+        step = _aotinductor_graphs.stepped(program, model.inputs)
+        return Lowered(
+            told,
+            weights,
+            {PREFILL: (program, replace(whole, file=f"{PREFILL}.pt2")), DECODE: (step, GraphSpec(f"{DECODE}.pt2", inputs, outputs))},
+        )
+
+    def emit(self, lowered: Lowered, model: TracedModel, folder: Path) -> Emitted:
+        """Write the weights, some rows at a time, and compile the packages."""
+        from calque.targets import _aotinductor_compile, _aotinductor_graphs, _aotinductor_products, _aotinductor_weights
+
+        for program, spec in lowered.graphs.values():
+            _aotinductor_graphs.require_dynamic(program, spec.inputs, spec.file)
+        _aotinductor_weights.write(folder / WEIGHTS, lowered.model, lowered.weights)
+        compiler = _aotinductor_compile.Compiler(self.march, shims=_aotinductor_products.shims())
+        with TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
+            for program, spec in lowered.graphs.values():
+                _aotinductor_compile.compile_package(program, folder / spec.file, Path(scratch), compiler)
+                _aotinductor_compile.require_bare(folder / spec.file, program, folder / WEIGHTS)
+        return Emitted({name: spec for name, (_, spec) in lowered.graphs.items()}, model.limits)
+
+    def open(self, artifact: Artifact, threads: int = 0) -> Session:
+        """Return a session over the packages on this machine."""
+        from calque.runtime.aotinductor_session import AOTInductorSession
+
+        return AOTInductorSession(artifact, threads)
+
+    def exact(self, artifact: Artifact, threads: int = 0) -> Session | None:
+        """Return a session over the artifact that rounds no activations; None where it rounds none itself."""
+        from calque.runtime.aotinductor_session import AOTInductorSession
+
+        return AOTInductorSession(artifact, threads, exact=True) if rounds_activations(artifact) else None
+
+    def doctor(self) -> list[tuple[str, str, str]]:
+        """Return what compiling and running takes."""
+        from calque.targets import _aotinductor_compile
+
+        try:
+            compiler, note = _aotinductor_compile.find_compiler(), "to convert"
+        except TargetUnavailable as error:
+            compiler, note = "missing", f"to convert: {error.fix}"
+        return [*package_rows({"torch": "to convert and to run"}), ("C++ compiler", compiler, note)]
+
+
+def integers(artifact: Artifact) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the integers of the artifact's weights, int8 [out, in], and their scales [out, groups], by the name of the weight."""
+    from calque.panel_ops import out_of_panels, out_of_scales
+    from calque.runtime.aotinductor_session import mapped
+
+    held, found = mapped(artifact.folder / WEIGHTS), {}
+    for name in held:
+        weight, ending, _ = name.partition(".q.panels")
+        if ending:
+            scale = out_of_scales(held[f"{weight}.scale.panels"])
+            outputs = int(scale.bool().any(1).sum())  # no scale is 0 but those that fill the last panel
+            found[weight] = out_of_panels(held[name])[:outputs], scale[:outputs]
+    return found
+
+
+TARGET = AOTInductor
