@@ -137,6 +137,32 @@ def _manifest(name: str) -> dict[str, Any]:
     }
 
 
+def require_once(package: Path) -> None:
+    """Leave quietly unless more than a twentieth of the weights' file is what stands there already.
+
+    Raises:
+        AssertionError: functions do not share their weights, or one weight is several constants.
+    """
+    found = {value.place: value for value in _stored(package)}
+    seen, doubled, whole = set[bytes](), 0, 0
+    for value in found.values():
+        array = value.load()
+        digest = hashlib.sha256(np.ascontiguousarray(array)).digest()
+        doubled += array.nbytes if digest in seen else 0
+        whole += array.nbytes
+        seen.add(digest)
+    if doubled * 20 > whole:
+        raise AssertionError(f"{doubled} of {whole} bytes of weights in {package.name} are there twice")
+
+
+def _stored(package: Path) -> Iterator[Stored]:
+    """Yield every constant that stands in the file of weights."""
+    for function in MilFile.read(package).functions.values():
+        for operation in function.block.operations:
+            values = [*operation.attributes.values(), *(value for parts in operation.inputs.values() for value in parts)]
+            yield from (value for value in values if isinstance(value, Stored))
+
+
 def integers(package: Path) -> dict[str, tuple[Any, Any]]:
     """Return q, int8 [out, in], and scale [out, groups] of every weight that the package holds as integers, by the parameter's name."""
     with quiet():

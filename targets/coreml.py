@@ -176,11 +176,16 @@ class CoreML:
         return [Signature(PREFILL, fixed, bounds, stateful), Signature(DECODE, {**fixed, "sequence_length": 1}, bounds, stateful)]
 
     def emit(self, lowered: Any, model: TracedModel, folder: Path) -> Emitted:
-        """Write the package."""
-        from calque.targets._coreml_package import PACKAGE, write
+        """Write the package.
+
+        Raises:
+            AssertionError: weights stand there more than once.
+        """
+        from calque.targets._coreml_package import PACKAGE, require_once, write
 
         made, integers = lowered
         write(made, folder / PACKAGE, integers)
+        require_once(folder / PACKAGE)
         graph = GraphSpec(PACKAGE, model.inputs, model.outputs)
         names = {"main": "model"}
         limits = replace(model.limits, max_length=_longest(model)) if "input_ids" in model.placeholders() else model.limits

@@ -46,7 +46,8 @@ class Made:
 
     def worst(self, graph: str, inputs: Arrays) -> float:
         """How far the package is from the graph, in units of the spread of an output."""
-        found, wanted = self.session()(graph, inputs), TracedSession(self.model)("model", inputs)
+        found: Arrays = self.session()(graph, inputs)
+        wanted: Arrays = dict(TracedSession(self.model)("model", inputs))
         assert set(found) == set(wanted)
         return max(float(np.abs(found[name].astype(np.float32) - wanted[name]).max() / wanted[name].std()) for name in wanted)
 

@@ -14,7 +14,7 @@ import calque
 from calque.cli import main
 from calque.errors import ParityFailed
 from calque.recipe import Dims, Parity, Recipe
-from tests.tiny_models import TINY, save_random
+from tests.tiny_models import TINY, save_random, traced
 
 pytest.importorskip("coremltools")
 
@@ -22,6 +22,7 @@ import torch
 from coremltools.converters.mil.mil import Builder as mb
 
 from calque.targets import _coreml_function, _coreml_rules
+from tests.targets.coreml_packages import write
 
 Rule = Callable[..., Any]
 ATTENTION, WRITE = torch.ops.calque.attention.default, torch.ops.calque.write_slots.default
@@ -116,6 +117,19 @@ def test_lengths_of_the_trace_are_seen(llama: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(_coreml_function.Building, "shape", baked)
     refused(llama, tmp_path / "out", "single-prompt")
+
+
+def test_weights_that_are_there_twice_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = _coreml_function.Building.weight
+
+    def of_each_function(self: Any, *arguments: Any) -> Any:
+        held = weight(self, *arguments)
+        held.op._weight_id = f"{self.signature.name}_{arguments[1]}"
+        return held
+
+    monkeypatch.setattr(_coreml_function.Building, "weight", of_each_function)
+    with pytest.raises(AssertionError, match="are there twice"):
+        write(traced("llama"), functions="split")
 
 
 def test_an_operator_that_nothing_here_runs_is_refused_by_name(
