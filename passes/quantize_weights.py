@@ -262,7 +262,9 @@ def _replace(model: TracedModel, node: Node, parts: Parts, scheme: Scheme, read:
     readers = list(node.users)
     shape = tuple(node.meta["val"].shape)
     alone = len(shape) == 2 and read.experts == 1
-    with model.graph.inserting_before(readers[0]):
+    # Not of its users: what a pass put there is the last of these, wherever it stands.
+    first = next(reader for reader in model.graph.nodes if reader in node.users)
+    with model.graph.inserting_before(first):
         arguments = (parts["q"], parts["scale"], parts.get("zero_point"), scheme.bits, 1, scheme.group)
         weight = call(model.graph, torch.ops.calque.dequantize_weight.default, *arguments)
         if not alone:

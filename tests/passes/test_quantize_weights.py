@@ -25,7 +25,7 @@ from calque.passes.quantize_weights import QuantizeWeights, stored_as
 from calque.quantization import Quantized, Scheme, dequantize, quantize
 from calque.quantized_weight import QuantizedWeight
 from calque.source import ModelSource
-from calque.traced import TracedModel, user_nodes
+from calque.traced import TracedModel, call, user_nodes
 from calque.validation.eager import with_weights
 from tests.tiny_models import TYPES, answers, prompt, save_random, source_of, traced
 
@@ -66,6 +66,19 @@ def test_the_graph_computes_what_eager_does_with_the_replaced_weights(name: str,
     expected = eager_logits(source_of(name), model, inputs)
     assert np.abs(answers(model, inputs)["logits"] - expected).max() <= 1e-5 * expected.std()
     assert passes.run_one(QuantizeWeights(method=method, group=16), model).count == 0
+
+
+def test_a_weight_is_there_before_the_first_that_reads_it_whatever_pass_put_that_there() -> None:
+    model = traced("llama")
+    weight = model.parameters()["model.layers.0.self_attn.q_proj.weight"]
+    [reader] = weight.users
+    with model.graph.inserting_before(reader):
+        earlier = call(model.graph, torch.ops.aten.linear.default, reader.args[0], weight)
+    with model.graph.inserting_before(reader.next):
+        total = call(model.graph, torch.ops.aten.add.Tensor, reader, earlier)
+    reader.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    passes.run((QuantizeWeights(bits=8, group=0),), model)  # which lints the graph
+    assert not weight.users
 
 
 def test_tied_tables_are_one_weight_that_the_head_decides() -> None:
