@@ -310,5 +310,5 @@ def frozen(written: Writer, tensors: Mapping[Node, Tensor]) -> torch.jit.ScriptM
         values[name] = value.detach() if isinstance(value, Tensor) else value
     kept = [name for name, held in written.attributes.items() if held.kept]
     kept += re.findall(r"^def (\w+)", "".join(written.methods), re.MULTILINE)
-    made: torch.jit.ScriptModule = torch.jit.freeze(compiled(written, values), preserved_attrs=kept)
+    made: torch.jit.ScriptModule = torch.jit.freeze(compiled(written, values), preserved_attrs=kept, optimize_numerics=False)
     return made
