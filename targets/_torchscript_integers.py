@@ -57,7 +57,8 @@ def write_dynamic_linear(writer: Writer, node: Node) -> str:
 
 def write_lookup(writer: Writer, node: Node) -> str:
     """Return the line that takes rows out of a table, and multiplies each by its scale."""
-    ids, q, scale, _, axis, _ = node.args
+    arguments: Any = node.args
+    ids, q, scale, _, axis, _ = arguments
     assert isinstance(ids, Node)
     assert isinstance(q, Node)
     weight = _weight(writer, q)
@@ -72,7 +73,7 @@ def write_lookup(writer: Writer, node: Node) -> str:
 
 def _weight(writer: Writer, q: Node) -> str:
     """Return the name that the weight of these integers had in the checkpoint."""
-    return writer.held[q.name].removesuffix(".transposed").removesuffix(INTEGERS)
+    return str(writer.held[q.name].removesuffix(".transposed").removesuffix(INTEGERS))
 
 
 def packed_weight(q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Any:

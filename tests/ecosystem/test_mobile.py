@@ -1,6 +1,7 @@
-"""Files for phones in the lite interpreter of torch 2.1.0: `CALQUE_TORCH_210=env/bin/python python -m pytest -m ecosystem tests/ecosystem/test_mobile.py`.
+"""Files for phones in the lite interpreter of torch 2.1.0: `python -m pytest -m ecosystem tests/ecosystem/test_mobile.py`.
 
-The environment is not made here, as it takes 4.7 GB: `python3.11 -m venv env; env/bin/pip install torch==2.1.0 'numpy<2'`.
+``CALQUE_TORCH_210`` names the Python of its environment, which is not made here, as it takes 4.7 GB:
+`python3.11 -m venv env; env/bin/pip install torch==2.1.0 'numpy<2'`.
 """
 
 from __future__ import annotations

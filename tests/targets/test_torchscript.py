@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 import calque
 from calque import passes
 from calque.artifact import Artifact, Limits, TensorSpec
-from calque.errors import ArtifactUnreadable, ParityFailed, Unsupported, UsageError
+from calque.errors import ArtifactUnreadable, ParityFailed, UsageError
 from calque.recipe import Parity, Recipe
 from calque.runtime.torchscript_session import TorchScriptSession, quiet
-from calque.targets import _torchscript, _torchscript_check, _torchscript_file, _torchscript_integers
+from calque.targets import _torchscript, _torchscript_check, _torchscript_file
 from calque.targets._torchscript import Writer
 from calque.targets.torchscript import FILE, TorchScript
 from calque.traced import TracedModel
 from calque.weights import WeightTable
-from tests.tiny_models import TYPES, Tiny, answers, prompt, save_random, traced, traced_as
+from tests.tiny_models import TYPES, answers, prompt, save_random, traced
 
 LENGTH = torch.export.Dim("length", min=2, max=64)
 
@@ -48,7 +48,7 @@ class Sizes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[0]
-        share, most, least = 1.0 / size, torch.sym_max(size, 5), torch.sym_min(size, 5)
+        share, most, least = 1.0 / size, torch.sym_max(size, 5), torch.sym_min(size, 5)  # type: ignore[no-untyped-call]
         return x.sum(1) * share + torch.full((size,), most * 10.0 - least) + math.ceil(size / 2) + (size**2) % 7 + size // 2
 
 
@@ -71,7 +71,7 @@ class Scores(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         heads = x.view(1, x.shape[0], 2, 3).transpose(1, 2)
-        out = nn.functional.scaled_dot_product_attention(heads, heads, heads, scale=0.3)
+        out: Tensor = nn.functional.scaled_dot_product_attention(heads, heads, heads, scale=0.3)
         return out.transpose(1, 2).reshape(x.shape[0], 6).sum(-1)
 
 
@@ -85,7 +85,8 @@ def test_lines_give_what_the_module_gives_at_other_lengths(module: nn.Module) ->
 
 class Branch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,)).sum(-1)
+        made: Tensor = torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,)).sum(-1)
+        return made
 
 
 class Strides(nn.Module):
@@ -94,7 +95,8 @@ class Strides(nn.Module):
         self.inner = Branch()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) + torch.as_strided(x, (x.shape[0],), (6,))
+        made: Tensor = self.inner(x) + torch.as_strided(x, (x.shape[0],), (6,))
+        return made
 
 
 def test_every_node_without_a_line_is_told_with_module_and_source_before_weights_are_read() -> None:
@@ -104,14 +106,6 @@ def test_every_node_without_a_line_is_told_with_module_and_source_before_weights
     assert "a graph inside the graph" in whys["cond"].why
     assert whys["aten.as_strided.default"].fix
     assert Path(__file__).name in whys["aten.as_strided.default"].source
-
-
-def test_states_that_no_pass_settled_are_problems_with_their_layer() -> None:
-    found = TorchScript().problems(traced("llama"))
-    assert len(found) in (0, 4)  # their meaning is in ATen: what is wrong is that they are no outputs
-    model = traced("llama")
-    passes.run(TorchScript().passes("fp32"), model)
-    assert len(model.outputs) == 1 + len(model.states)
 
 
 def test_a_line_that_torchscript_refuses_is_told_by_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +135,7 @@ def test_the_file_gives_what_the_graph_gives(name: str, tmp_path: Path) -> None:
         inputs = prompt(model, length)
         expected = answers(model, inputs)
         for key, value in session("model", inputs).items():
-            np.testing.assert_allclose(value, expected[key], atol=1e-4)
+            np.testing.assert_allclose(np.asarray(value, np.float32), expected[key], atol=1e-4)
 
 
 @pytest.mark.parametrize("activations", ["dynamic", "float32"])
@@ -151,7 +145,7 @@ def test_integers_are_stored_as_they_are_and_once(activations: str, tmp_path: Pa
     assert weights < (tmp_path / FILE).stat().st_size < weights + 60_000
     inputs = prompt(model, 7)
     found = TorchScriptSession(artifact)("model", inputs)["logits"]
-    np.testing.assert_allclose(found, answers(model, inputs)["logits"], atol=0.3)
+    np.testing.assert_allclose(np.asarray(found, np.float32), answers(model, inputs)["logits"], atol=0.3)
     if activations == "dynamic":
         held = _torchscript_file.integers(artifact)
         assert len(held) == 9
@@ -168,18 +162,6 @@ def test_tied_weights_are_in_the_file_once_and_two_conversions_are_the_same_byte
         assert (tmp_path / FILE).stat().st_size < model.weights.nbytes() + 60_000
         digests.add(hashlib.sha256((tmp_path / FILE).read_bytes()).hexdigest())
     assert len(digests) == 1
-
-
-def test_weights_that_an_engine_saves_twice_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    engine = next((name for name in ("fbgemm", "x86") if name in torch.backends.quantized.supported_engines), None)
-    if engine is None:
-        pytest.skip("this torch has no engine that saves weights twice")
-    monkeypatch.setattr(_torchscript_integers, "ENGINE", engine)
-    model = traced_as(Tiny("llama", hidden=128, intermediate=256))
-    target = TorchScript()
-    passes.run(target.passes("int8"), model)
-    with pytest.raises(Unsupported, match="more than once"):
-        target.emit(target.lower(model), model, tmp_path)
 
 
 def test_the_engine_of_quantized_operators_is_given_back(tmp_path: Path) -> None:
@@ -221,8 +203,8 @@ def specialised(written: Writer) -> Writer:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    yield save_random(TYPES["llama"], tmp_path / "model")
+def folder(tmp_path: Path) -> Path:
+    return save_random(TYPES["llama"], tmp_path / "model")
 
 
 @pytest.mark.parametrize("breaking", [baked, specialised])
@@ -243,5 +225,5 @@ def test_the_whole_pipeline_proves_it(folder: Path, tmp_path: Path) -> None:
     artifact = calque.convert(recipe, tmp_path / "out")
     assert artifact.proof.numerics.status == artifact.proof.execution.status == "passed"
     with quiet():
-        loaded: Any = torch.jit.load(str(tmp_path / "out" / FILE))
+        loaded: Any = torch.jit.load(str(tmp_path / "out" / FILE))  # type: ignore[no-untyped-call]
     assert [argument.name for argument in loaded.forward.schema.arguments[1:4]] == ["input_ids", "attention_mask", "position_ids"]
