@@ -5,8 +5,8 @@
     calque.dynamic_linear(%x, %q, %scale, %b)         quantized.linear_dynamic(v_x, self.packed, False)
     calque.dequantize_lookup(%ids, %q, %scale, …)     aten.dequantize(aten.index_select(self.table, 0, v_ids)) · scales of the rows
 
-A packed weight is an object of torch's, which an engine makes of integers, scales and a bias. Packed by ``qnnpack`` it is saved once,
-and any engine reads it; those of other engines are saved twice.
+A packed weight is an object of torch's, which an engine makes of integers, scales and a bias. Packed by ``qnnpack`` it reads
+memory that a table may read too, so that a tied head is saved once, and any engine loads it; other engines make copies of their own.
 """
 
 from __future__ import annotations
