@@ -20,7 +20,7 @@ X = TensorSpec("x", "float32", ("batch_size", 2))
 def test_results_come_by_name(returned: str, session: Any, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     with quiet():
-        module: Any = torch.jit.script(torch.nn.Module())
+        module: Any = torch.jit.script(type(f"Small{len(returned)}{session.__name__}", (torch.nn.Module,), {"__module__": "small"})())
         module.define(f"def forward(self, x: Tensor):\n    return {returned}\n")
         module._save_for_lite_interpreter(str(path))
     outputs = tuple(TensorSpec(name, "float32", X.shape) for name in ("twice", "more")[: 2 if "," in returned else 1])
