@@ -37,11 +37,11 @@ class TorchScriptSession(TorchSession):
         import torch
 
         with quiet():
-            run = _listed(torch.jit.load(str(path), map_location="cpu").eval())
+            run = _listed(torch.jit.load(str(path), map_location="cpu").eval())  # type: ignore[no-untyped-call]
 
         def unprofiled(given: list[Any]) -> Sequence[Any]:
             # Profiled, the first two calls of each graph take twice as long, and none after them is faster (docs/targets/torchscript.md).
-            with torch.jit.optimized_execution(False):
+            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
                 return run(given)
 
         return unprofiled
@@ -57,7 +57,7 @@ class LiteSession(TorchSession):
         from torch.jit.mobile import _load_for_lite_interpreter
 
         with quiet():
-            return _listed(_load_for_lite_interpreter(str(path), map_location="cpu"))
+            return _listed(_load_for_lite_interpreter(str(path), map_location="cpu"))  # type: ignore[no-untyped-call]
 
 
 def _listed(module: Callable[..., Any]) -> Run:

@@ -293,12 +293,13 @@ def compiled(written: Writer, values: Mapping[str, Any]) -> torch.jit.ScriptModu
     Raises:
         RuntimeError: TorchScript refuses a line.
     """
-    module = torch._C.ScriptModule("__torch__.Model", torch._C.CompilationUnit(), True)
+    make: Any = torch._C.ScriptModule
+    module = make("__torch__.Model", torch._C.CompilationUnit(), True)
     for name, value in values.items():
         module._register_attribute(name, torch._C._jit_try_infer_type(value).type(), value)
     concrete = torch._C.ConcreteModuleType.from_jit_type(module._type())
     module._define(concrete, written.source, {"torch": torch, "math": math}.get)
-    made: torch.jit.ScriptModule = torch.jit._recursive.wrap_cpp_module(module)
+    made: torch.jit.ScriptModule = torch.jit._recursive.wrap_cpp_module(module)  # type: ignore[no-untyped-call]
     return made.eval()
 
 
@@ -310,5 +311,5 @@ def frozen(written: Writer, tensors: Mapping[Node, Tensor]) -> torch.jit.ScriptM
         values[name] = value.detach() if isinstance(value, Tensor) else value
     kept = [name for name, held in written.attributes.items() if held.kept]
     kept += re.findall(r"^def (\w+)", "".join(written.methods), re.MULTILINE)
-    made: torch.jit.ScriptModule = torch.jit.freeze(compiled(written, values), preserved_attrs=kept)
+    made: torch.jit.ScriptModule = torch.jit.freeze(compiled(written, values), preserved_attrs=kept, optimize_numerics=False)
     return made

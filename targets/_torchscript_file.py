@@ -75,7 +75,7 @@ def save_lite(written: Writer, model: TracedModel, path: Path, bytecode: int) ->
         if _get_model_bytecode_version(str(newest)) == bytecode:
             newest.rename(path)
         else:
-            if not _backport_for_mobile(str(newest), str(path), bytecode):
+            if not _backport_for_mobile(str(newest), str(path), bytecode):  # type: ignore[no-untyped-call]
                 raise Unsupported(f"torch cannot write bytecode {bytecode} of this model", fix="leave --set bytecode out")
             newest.unlink()
         if (found := _get_model_bytecode_version(str(path))) != bytecode:
@@ -111,7 +111,7 @@ def require_operators(path: Path) -> None:
     from torch.jit.mobile import _get_model_ops_and_info
 
     with quiet():
-        called = _get_model_ops_and_info(str(path))
+        called = _get_model_ops_and_info(str(path))  # type: ignore[no-untyped-call]
     lines = [
         f"{name}  {'with ' + str(info.num_schema_args) + ' arguments' if name in operators() else 'is not there'}"
         for name, info in called.items()
@@ -159,7 +159,7 @@ def integers(artifact: Artifact) -> dict[str, tuple[Tensor, Tensor]]:
     path = artifact.folder / next(iter(artifact.graphs.values())).file
     extra = {METADATA: ""}
     with quiet(), packing():
-        loaded: Any = torch.jit.load(str(path), _extra_files=extra)
+        loaded: Any = torch.jit.load(str(path), _extra_files=extra)  # type: ignore[no-untyped-call]
         packed = {name: getattr(loaded, held) for name, held in json.loads(extra[METADATA])["packed"].items()}
         unpacked = {name: torch.ops.quantized.linear_unpack(held)[0] for name, held in packed.items()}
         return {name: (weight.int_repr(), weight.q_per_channel_scales().float()) for name, weight in unpacked.items()}

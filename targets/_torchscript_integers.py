@@ -5,8 +5,8 @@
     calque.dynamic_linear(%x, %q, %scale, %b)         quantized.linear_dynamic(v_x, self.packed, False)
     calque.dequantize_lookup(%ids, %q, %scale, …)     aten.dequantize(aten.index_select(self.table, 0, v_ids)) · scales of the rows
 
-A packed weight is an object of torch's, which an engine makes of integers, scales and a bias. Packed by ``qnnpack`` it is saved once,
-and any engine reads it; those of other engines are saved twice.
+A packed weight is an object of torch's, which an engine makes of integers, scales and a bias. Packed by ``qnnpack`` it reads
+memory that a table may read too, so that a tied head is saved once, and any engine loads it; other engines make copies of their own.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def write_dynamic_linear(writer: Writer, node: Node) -> str:
 
 def write_lookup(writer: Writer, node: Node) -> str:
     """Return the line that takes rows out of a table, and multiplies each by its scale."""
-    ids, q, scale, _, axis, _ = node.args
+    arguments: Any = node.args
+    ids, q, scale, _, axis, _ = arguments
     assert isinstance(ids, Node)
     assert isinstance(q, Node)
     weight = _weight(writer, q)
@@ -72,7 +73,7 @@ def write_lookup(writer: Writer, node: Node) -> str:
 
 def _weight(writer: Writer, q: Node) -> str:
     """Return the name that the weight of these integers had in the checkpoint."""
-    return writer.held[q.name].removesuffix(".transposed").removesuffix(INTEGERS)
+    return str(writer.held[q.name].removesuffix(".transposed").removesuffix(INTEGERS))
 
 
 def packed_weight(q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Any:
