@@ -91,7 +91,7 @@ def _share_constants(function: Function) -> None:
     for op in function.operations:
         if op.op_type == "const" and op.weight_id is None and isinstance(op.outputs[0].val, np.ndarray):
             value = np.ascontiguousarray(op.outputs[0].val)
-            op.weight_id = f"{op.outputs[0].dtype.__name__}{value.shape}{hashlib.sha256(value).hexdigest()}"
+            op.weight_id = f"{op.outputs[0].dtype.__name__}{value.shape}{hashlib.sha256(value.tobytes()).hexdigest()}"
 
 
 def write(made: Any, package: Path, integers: dict[str, str]) -> None:
@@ -147,7 +147,7 @@ def require_once(package: Path) -> None:
     seen, doubled, whole = set[bytes](), 0, 0
     for value in found.values():
         array = value.load()
-        digest = hashlib.sha256(np.ascontiguousarray(array)).digest()
+        digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
         doubled += array.nbytes if digest in seen else 0
         whole += array.nbytes
         seen.add(digest)

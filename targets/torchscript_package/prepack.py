@@ -4,14 +4,20 @@
 what it prints is JSON: the version of torch, the largest difference, and how many of its operators are of XNNPACK.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.backends.xnnpack
-from torch.jit.mobile import _export_operator_list, _load_for_lite_interpreter
+import torch.jit.mobile
 from torch.utils.mobile_optimizer import optimize_for_mobile
+
+MOBILE: Any = torch.jit.mobile  # without types
 
 KEPT = ["get_all_bundled_inputs", "get_num_bundled_inputs"]
 # Of the largest value: another order of sums, and nothing else.
@@ -19,31 +25,32 @@ TOLERANCE = 1e-4
 METADATA = "calque.json"
 
 
-def calls(examples):
+def calls(examples: Sequence[Sequence[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
     """Yield the calls that the file brings along, and longer ones with the same names of sizes."""
     for example in examples:
         yield list(example)
     yield [longer(value) for value in examples[0]]
 
 
-def longer(value):
+def longer(value: torch.Tensor) -> torch.Tensor:
     """Return an input of two rows, random where it is of floats."""
     rows = torch.cat([value, value])
     return torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)) if value.is_floating_point() else rows
 
 
-def main(source, destination):
+def main(source: str, destination: str) -> int:
     """Return the exit code."""
-    found = {"torch": torch.__version__}
-    if not torch.backends.xnnpack.enabled:
+    found: dict[str, Any] = {"torch": torch.__version__}
+    jit: Any = torch.jit
+    if not torch.backends.xnnpack.enabled:  # type: ignore[attr-defined]  # a module that stands in for itself
         print(json.dumps({**found, "error": "this torch was built without XNNPACK: 2.12 is the last that has it"}))
         return 5
     extra = {METADATA: ""}
-    module = torch.jit.load(source, _extra_files=extra).eval()
+    module = jit.load(source, _extra_files=extra).eval()
     laid = optimize_for_mobile(module, preserved_methods=[name for name in KEPT if hasattr(module, name)])
     text = extra[METADATA]
     laid._save_for_lite_interpreter(destination, _extra_files={METADATA: text.decode() if isinstance(text, bytes) else text})
-    before, after = _load_for_lite_interpreter(source), _load_for_lite_interpreter(destination)
+    before, after = MOBILE._load_for_lite_interpreter(source), MOBILE._load_for_lite_interpreter(destination)
     worst = 0.0
     with torch.no_grad():
         for inputs in calls(before.run_method("get_all_bundled_inputs")):
@@ -51,12 +58,12 @@ def main(source, destination):
                 if expected.numel():
                     worst = max(worst, float((expected - value).abs().max() / expected.abs().max().clamp(min=1e-6)))
     found["worst"] = worst
-    found["prepacked"] = sum(name.startswith("prepacked::") for name in _export_operator_list(after))
+    found["prepacked"] = sum(name.startswith("prepacked::") for name in MOBILE._export_operator_list(after))
     print(json.dumps(found))
     return 0 if worst <= TOLERANCE else 3
 
 
-def results(given):
+def results(given: Any) -> Any:
     """Return the results of a call, of which one alone is no tuple."""
     return given if isinstance(given, (tuple, list)) else [given]
 

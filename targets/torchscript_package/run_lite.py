@@ -3,16 +3,21 @@
 ``run_lite.py model.ptl inputs.pt outputs.pt`` reads a list of calls, each a list of tensors, and writes the results of each.
 """
 
+from __future__ import annotations
+
 import sys
 import warnings
+from typing import Any
 
 import torch
-from torch.jit.mobile import _load_for_lite_interpreter
+import torch.jit.mobile
+
+MOBILE: Any = torch.jit.mobile  # without types
 
 
-def main(model, inputs, outputs):
+def main(model: str, inputs: str, outputs: str) -> None:
     """Write what the model gives for every call."""
-    module = _load_for_lite_interpreter(model)
+    module = MOBILE._load_for_lite_interpreter(model)
     made = []
     with torch.no_grad():
         for call in torch.load(inputs):
