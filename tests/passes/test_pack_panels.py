@@ -58,6 +58,17 @@ def test_experts_are_left_with_the_reason() -> None:
     assert user_nodes(model.graph.nodes, calque.dequantize_weight.default)
 
 
+def test_integers_of_4_bits_take_half_a_byte_wherever_they_are_read() -> None:
+    apart, model, done = packed("mixtral", QuantizeWeights(4, 32))
+    assert done.skipped
+    stored = [name for name, node in model.parameters().items() if node.meta["val"].dtype == torch.int8]
+    assert not [name for name in stored if "experts" in name]
+    assert not passes.run_one(PackPanels(), model).count
+    inputs = prompt(apart)
+    want, got = (np.asarray(answers(each, inputs)["logits"], np.float32) for each in (apart, model))
+    assert np.abs(want - got).max() < 1e-5 * want.std()
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("outputs", [8, 11, 1])
 def test_integers_come_out_as_they_went_in(bits: int, outputs: int) -> None:
