@@ -258,7 +258,7 @@ def test_of_two_graphs_the_one_for_steps_takes_calls_of_one_token(tmp_path: Path
     inner, called = OnnxRuntimeSession(artifact), []
 
     class Two:
-        def run(self, name: str, inputs: Any) -> Any:
+        def __call__(self, name: str, inputs: Any) -> Any:
             called.append(name)
             return inner.run("model", inputs)
 
