@@ -66,6 +66,23 @@ def _dequantized(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     return (grouped * scale.unsqueeze(-1)).reshape(q.shape)
 
 
+def in_halves(q: Tensor) -> Tensor:
+    """Return signed integers of 4 bits, [out, in], two in a byte: uint8 [out, in / 2], each plus 8, the first in the low half."""
+    halves = (q + 8).view(torch.uint8)
+    return halves[:, 0::2] | (halves[:, 1::2] << 4)
+
+
+@torch.library.custom_op("calque::out_of_halves", mutates_args=())
+def out_of_halves(packed: Tensor) -> Tensor:
+    """Return the signed integers, int8 [out, in], that `in_halves` was given."""
+    return torch.stack([packed & 15, packed >> 4], -1).to(torch.int8).flatten(1) - 8
+
+
+@out_of_halves.register_fake
+def _(packed: Tensor) -> Tensor:
+    return packed.new_empty(packed.shape[0], 2 * packed.shape[1], dtype=torch.int8)
+
+
 @torch.library.custom_op("calque::panel_linear", mutates_args=())
 def panel_linear(
     x: Tensor,

@@ -6,7 +6,8 @@
             embedding(calque.dequantize_weight(%q, …), %ids)
     after   calque.panel_linear(%x, %panels, %scales, %zero_points, %b, None, bits, block, out)    panels = Derived(lay_in_panels, q)
             calque.panel_lookup(%ids, %panels, %scales, %zero_points)                              the same panels where they are tied
-    left    integers that something else reads; rows that are no multiple of 8
+    or      calque.dequantize_weight(calque.out_of_halves(%halves), …)         of 4 bits, where something else reads them (experts)
+    left    integers of 8 bits that something else reads; rows that are no multiple of 8
 
 A panel lies in memory as it is multiplied, one byte after the other: a step of decoding reads the weights once, in order. Integers
 and scales are those of the pass that made them; what they are is `calque.panel_ops`.
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from calque.panel_ops import LANES, QUAD, lay_in_panels, lay_scales
+from calque.panel_ops import LANES, QUAD, in_halves, lay_in_panels, lay_scales
 from calque.passes import Rewrites
 from calque.patterns import aten
 from calque.products import reads_rows
@@ -52,6 +53,7 @@ class PackPanels:
         for node in user_nodes(model.graph.nodes, calque.dequantize_weight.default):
             if why := _unfit(node):
                 skipped.append((node.name, why))
+                count += packing.halve(node)
                 continue
             for user in list(node.users):
                 packing.join(user, node)
@@ -108,9 +110,21 @@ class _Packing:
         user.replace_all_uses_with(made)
         graph.erase_node(user)
 
-    def _laid(self, node: Node, function: Callable[[Tensor], Tensor], dtype: str, shape: tuple[int, ...]) -> Node:
+    def halve(self, weight: Node) -> bool:
+        """Return whether integers of 4 bits, which have a byte each, were put two in a byte."""
+        q: Any = weight.args[0]
+        if weight.args[3] != 4 or q not in self.names or q.meta["val"].shape[1] % 2:
+            return False
+        rows, columns = q.meta["val"].shape
+        packed = self._laid(q, in_halves, "uint8", (rows, columns // 2), "halves")
+        with self.model.graph.inserting_before(weight):
+            apart = call(self.model.graph, calque.out_of_halves.default, packed)
+        weight.replace_input_with(q, apart)
+        return True
+
+    def _laid(self, node: Node, function: Callable[[Tensor], Tensor], dtype: str, shape: tuple[int, ...], how: str = "panels") -> Node:
         """Return the parameter that holds what ``function`` makes of that of ``node``."""
         if node not in self.made:
-            weight, name = self.model.weights[self.names[node]], f"{self.names[node]}.panels"
-            self.made[node] = self.model.add_parameter(name, Derived((weight,), "panels", function, dtype, shape, moved=False), like=node)
+            weight, name = self.model.weights[self.names[node]], f"{self.names[node]}.{how}"
+            self.made[node] = self.model.add_parameter(name, Derived((weight,), how, function, dtype, shape, moved=False), like=node)
         return self.made[node]

@@ -97,9 +97,8 @@ def _require_processor(metadata: dict[str, str], path: Path) -> None:
     machine, vectors = metadata.get("AOTI_MACHINE", ""), metadata.get("AOTI_CPU_ISA", "").split()[:1]
     here = torch.backends.cpu.get_cpu_capability()
     wanted = vectors[0] if vectors else ""
-    if machine not in ("", platform.machine()) or (
-        wanted in WIDTHS and WIDTHS.index(here if here in WIDTHS else "") < WIDTHS.index(wanted)
-    ):
+    older = wanted in WIDTHS and here not in WIDTHS[WIDTHS.index(wanted) :]
+    if older or machine not in ("", platform.machine()):
         raise TargetUnavailable(
             f"{path.name} was compiled for {machine} with {wanted or 'no vectors'}, this is {platform.machine()} with {here}",
             fix="convert the model on a machine of this kind, or without march: native",

@@ -157,10 +157,11 @@ def _explained(name: str) -> Iterator[None]:
 
     try:
         yield
-    except CppCompileError as error:
-        lines = [line for line in str(error.output).splitlines() if line.strip()][-SAID:]
-        raise Unsupported(f"the C++ compiler refuses the code of {name}", lines, "another compiler may take it: set CXX") from error
     except (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError, LookupError) as error:
+        refused = getattr(error, "inner_exception", error)  # Inductor wraps what fails in it
+        if isinstance(refused, CppCompileError):
+            lines = [line for line in str(refused.output).splitlines() if line.strip()][-SAID:]
+            raise Unsupported(f"the C++ compiler refuses the code of {name}", lines, "another compiler may take it: set CXX") from error
         lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()][:SAID]
         raise Unsupported(f"AOTInductor cannot compile {name}", lines, "convert to another target, such as onnxruntime") from error
 

@@ -143,16 +143,20 @@ class AOTInductor:
 
 def integers(artifact: Artifact) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the integers of the artifact's weights, int8 [out, in], and their scales [out, groups], by the name of the weight."""
-    from calque.panel_ops import out_of_panels, out_of_scales
+    from calque.panel_ops import out_of_halves, out_of_panels, out_of_scales
     from calque.runtime.aotinductor_session import mapped
 
     held, found = mapped(artifact.folder / WEIGHTS), {}
     for name in held:
-        weight, ending, _ = name.partition(".q.panels")
-        if ending:
+        weight, _, how = name.rpartition(".q.")
+        if how == "panels":
             scale = out_of_scales(held[f"{weight}.scale.panels"])
             outputs = int(scale.bool().any(1).sum())  # no scale is 0 but those that fill the last panel
             found[weight] = out_of_panels(held[name])[:outputs], scale[:outputs]
+        elif how == "halves":
+            found[weight] = out_of_halves(held[name]), held[f"{weight}.scale"]
+        elif name.endswith(".q"):
+            found[name.removesuffix(".q")] = held[name], held[f"{name.removesuffix('.q')}.scale"]
     return found
 
 

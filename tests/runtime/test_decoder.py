@@ -251,3 +251,21 @@ def test_states_that_numpy_has_no_type_for_are_a_missing_device(tmp_path: Path) 
     narrow = replace(artifact, states=tuple(replace(state, dtype="bfloat16") for state in artifact.states))
     with pytest.raises(TargetUnavailable, match="bfloat16"):
         Decoder(narrow, OnnxRuntimeSession(narrow))(np.ones((1, 1), np.int64))
+
+
+def test_of_two_graphs_the_one_for_steps_takes_calls_of_one_token(tmp_path: Path) -> None:
+    artifact = write_counting(tmp_path)
+    [graph] = artifact.graphs.values()
+    inner, called = OnnxRuntimeSession(artifact), []
+
+    class Two:
+        def __call__(self, name: str, inputs: Any) -> Any:
+            called.append(name)
+            return inner.run("model", inputs)
+
+    session: Any = Two()
+    decoder = Decoder(replace(artifact, graphs={"prefill": graph, "decode": graph}), session)
+    decoder(np.array([[4, 5, 6]]))
+    logits = decoder(np.array([[7]]))
+    assert called == ["prefill", "decode"]
+    assert logits[0, -1].argmax() == 8

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from calque.artifact import Check, round_up
+from calque.artifact import DECODE, PREFILL, Check, round_up
 from calque.errors import ArtifactUnreadable, ParityFailed
 from calque.validation.compare import compare
 from calque.validation.drive import ModelIO
@@ -296,3 +296,23 @@ def test_only_a_mixture_that_rounds_activations_is_said_to_be_held_to_a_wide_lim
     rounded = replace(dense, precision="int4", passes={"quantize_weights": 14})
     assert "gross faults" in routed_note(replace(rounded, passes={"quantize_weights": 14, "fuse_experts": 2}))
     assert routed_note(rounded) == routed_note(replace(dense, passes={"fuse_experts": 2})) == ""
+
+
+def test_steps_are_driven_through_the_graph_for_steps_and_judged_there() -> None:
+    made = gate("llama")
+    [graph] = made.artifact.graphs.values()
+    artifact = replace(made.artifact, graphs={PREFILL: graph, DECODE: graph})
+    session, called = made.session(), set[tuple[str, bool]]()
+
+    def honest(name: str, inputs: Any) -> Any:
+        called.add((name, inputs["input_ids"].shape[1] == 1))
+        return session("model", inputs)
+
+    def forgetful(name: str, inputs: Any) -> Any:
+        outputs = honest(name, inputs)
+        return newest_slot_empty(inputs, lambda _: outputs) if name == DECODE else outputs
+
+    picked = made.pick("single", "batch-2", "chunked-prefill")
+    assert prove(artifact, honest, picked, made.references)[0].numerics.status == "passed"
+    assert called == {(PREFILL, False), (DECODE, True)}
+    assert prove(artifact, forgetful, picked, made.references)[0].numerics.status == "failed"

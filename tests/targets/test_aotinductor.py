@@ -1,0 +1,300 @@
+"""Packages of AOTInductor: what they compute and at which shapes, what is in them and what is not, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from calque import passes, pipeline
+from calque.artifact import DECODE, PREFILL, Artifact, TensorSpec, file_sha256
+from calque.errors import ArtifactUnreadable, ParityFailed, TargetUnavailable, Unsupported
+from calque.passes.pack_panels import PackPanels
+from calque.recipe import Recipe
+from calque.runtime.aotinductor_session import WEIGHTS, AOTInductorSession, mapped
+from calque.runtime.decoder import Decoder
+from calque.targets import _aotinductor_compile, _aotinductor_graphs
+from calque.targets.aotinductor import AOTInductor, integers
+from calque.traced import TracedModel
+from calque.traced_session import TracedSession
+from tests.tiny_encoders import save_encoder
+from tests.tiny_models import TYPES, Tiny, save_random, traced_as
+
+ONE_LAYER = replace(TYPES["llama"], layers=1, vocabulary=53)
+ROOT = Path(__file__).parents[2]
+
+
+def emitted(folder: Path, tiny: Tiny, precision: str, **options: Any) -> tuple[Artifact, TracedModel]:
+    """The artifact in the folder, not proved, and the graph that it was written from."""
+    target, model = AOTInductor(**options), traced_as(tiny)
+    done = passes.run(target.passes(precision), model)
+    made = target.emit(target.lower(model), model, folder)
+    recipe = {"options": options}
+    artifact = Artifact(folder, "aotinductor", recipe, {}, precision, {}, made.graphs, model.states, done, {}, made.limits)
+    return artifact, model
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, TracedModel]:
+    return emitted(tmp_path_factory.mktemp("split"), ONE_LAYER, "int4", graphs="split")
+
+
+def feed(model: TracedModel, rows: int, new: int, past: int) -> dict[str, Any]:
+    generator = np.random.default_rng(rows + 10 * new + 100 * past)
+    inputs: dict[str, Any] = {
+        "input_ids": generator.integers(3, ONE_LAYER.vocabulary, (rows, new)),
+        "attention_mask": np.ones((rows, past + new), np.int64),
+        "position_ids": np.broadcast_to(np.arange(past, past + new), (rows, new)).copy(),
+    }
+    for state in model.states:
+        inputs[state.input] = generator.standard_normal((rows, int(state.shape[1]), past, int(state.shape[3])), dtype=np.float32)
+    return inputs
+
+
+@pytest.mark.parametrize(("rows", "new", "past"), [(2, 7, 0), (1, 1, 0), (1, 1, 20), (3, 4, 9), (2, 1, 7), (1, 2, 1)])
+def test_a_package_gives_what_the_graph_gives_at_any_shape(split: tuple[Artifact, TracedModel], rows: int, new: int, past: int) -> None:
+    artifact, model = split
+    graph, inputs = artifact.graph_for(new), feed(model, rows, new, past)
+    assert graph == (DECODE if new == 1 else PREFILL)
+    expected = TracedSession(model)("model", inputs)
+    found = AOTInductorSession(artifact, 1, exact=True)(graph, inputs)
+    rounded = AOTInductorSession(artifact, 1)(graph, inputs)
+    for name, values in expected.items():
+        assert np.abs(found[name] - values).max() <= 2e-5 * max(1.0, float(np.abs(values).max()))
+    off = np.abs(rounded["logits"] - expected["logits"]).max() / expected["logits"].std()
+    assert 1e-4 < off < 0.2, "it rounds, and no more than 8 bits do"
+
+
+def test_both_packages_read_one_file_that_is_mapped_once(split: tuple[Artifact, TracedModel]) -> None:
+    artifact, model = split
+    session = AOTInductorSession(artifact, 1)
+    for new in (3, 1):
+        session(str(artifact.graph_for(new)), feed(model, 1, new, 4))
+    weights = session.weights()
+    starts = {tensor.untyped_storage().data_ptr() for tensor in weights.values()}
+    assert len(starts) == 1
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    assert sum(str(artifact.folder / WEIGHTS) in line for line in maps) >= 1
+    assert sorted(path.name for path in artifact.folder.iterdir()) == ["decode.pt2", WEIGHTS, "prefill.pt2"]
+
+
+def test_a_package_has_code_alone_and_no_place_of_this_machine(split: tuple[Artifact, TracedModel]) -> None:
+    artifact, _ = split
+    for graph in artifact.graphs.values():
+        with zipfile.ZipFile(artifact.folder / graph.file) as package:
+            names = package.namelist()
+            [code] = [package.read(name) for name in names if name.endswith(".so")]
+        assert not [name for name in names if name.endswith(".cpp")]
+        for place in (str(ROOT), str(artifact.folder), str(Path(torch.__file__).parent), os.path.expanduser("~")):
+            assert place.encode() not in code
+
+
+@pytest.mark.skipif(_aotinductor_compile.platform.machine() != "x86_64", reason="x86 code")
+def test_portable_code_has_no_vector_of_512_bits(split: tuple[Artifact, TracedModel], tmp_path: Path) -> None:
+    artifact, _ = split
+    with zipfile.ZipFile(artifact.folder / "prefill.pt2") as package:
+        [name] = [name for name in package.namelist() if name.endswith(".so")]
+        code = package.extract(name, tmp_path)
+    listing = subprocess.run(["objdump", "-d", code], capture_output=True, text=True, check=True).stdout
+    assert "ymm" in listing
+    assert "zmm" not in listing
+
+
+def test_integers_are_those_of_the_pass(split: tuple[Artifact, TracedModel]) -> None:
+    artifact, _ = split
+    model = traced_as(ONE_LAYER)
+    passes.run([rewrite for rewrite in AOTInductor().passes("int4") if not isinstance(rewrite, PackPanels)], model)
+    found = integers(artifact)
+    names = {name.removesuffix(".q") for name in model.weights.entries if name.endswith(".q")}
+    assert found.keys() == names
+    for name, (q, scale) in found.items():
+        assert torch.equal(q, model.weights[f"{name}.q"].read())
+        assert torch.equal(scale, model.weights[f"{name}.scale"].read())
+
+
+def test_a_decoder_drives_both_graphs(split: tuple[Artifact, TracedModel]) -> None:
+    artifact, _ = split
+    session = AOTInductorSession(artifact, 1)
+    called: list[str] = []
+
+    def noted(graph: str, inputs: Any) -> Any:
+        called.append(graph)
+        return session.run(graph, inputs)
+
+    decoder = Decoder(artifact, session, rows=2)
+    decoder._states._run = noted  # type: ignore[union-attr]
+    tokens = np.array([[5, 9, 7], [3, 4, 6]])
+    decoder(tokens)
+    step = decoder(np.array([[8], [2]]))
+    assert called == [PREFILL, DECODE]
+    whole = Decoder(artifact, session, rows=2)(np.concatenate([tokens, [[8], [2]]], 1))
+    np.testing.assert_allclose(step[:, -1], whole[:, -1], atol=1e-4)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "header", "other"])
+def test_weights_that_are_not_whole_are_refused_before_anything_runs(
+    split: tuple[Artifact, TracedModel], tmp_path: Path, damage: str
+) -> None:
+    artifact, model = split
+    for path in artifact.folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    file = tmp_path / WEIGHTS
+    data = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(data[:-7])
+    elif damage == "header":
+        file.write_bytes(data[:40])
+    else:
+        file.write_bytes(re.sub(b"model.norm.weight", b"model.norm.weighs", data))
+    session = AOTInductorSession(replace(artifact, folder=tmp_path), 1)
+    with pytest.raises(ArtifactUnreadable) as caught:
+        session(PREFILL, feed(model, 1, 2, 0))
+    assert caught.value.exit_code == 7
+
+
+def test_a_package_for_another_processor_is_refused(split: tuple[Artifact, TracedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact, model = split
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    with pytest.raises(TargetUnavailable, match="compiled for x86_64 with AVX2"):
+        AOTInductorSession(artifact, 1)(PREFILL, feed(model, 1, 2, 0))
+
+
+def test_without_a_compiler_nothing_is_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(TargetUnavailable, match="no-such-compiler") as caught:
+        pipeline.convert(Recipe(model="builtin:quill", target="aotinductor"), tmp_path / "out")
+    assert caught.value.exit_code == 5
+    assert [*tmp_path.iterdir()] == []
+    assert ("C++ compiler", "missing") in [row[:2] for row in AOTInductor().doctor()]
+
+
+class Twice(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1500, 1200))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight)
+
+
+def exported(dynamic: bool) -> Any:
+    shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic else None
+    return torch.export.export(Twice(), (torch.zeros(3, 1200),), dynamic_shapes=shapes)
+
+
+def test_what_the_compiler_refuses_is_told_with_its_last_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "g++"
+    script.write_text('#!/bin/sh\ncase "$*" in *model.*cpp*) echo "error: it is too hot" >&2; exit 1;; esac\nexec g++ "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    with pytest.raises(Unsupported, match="refuses the code") as caught:
+        _aotinductor_compile.compile_package(exported(True), tmp_path / "m.pt2", tmp_path, _aotinductor_compile.Compiler())
+    assert caught.value.where[-1] == "error: it is too hot"
+    assert [path.name for path in tmp_path.iterdir()] == ["g++"]
+
+
+def test_a_dimension_that_was_baked_in_is_refused() -> None:
+    spec = TensorSpec("x", "float32", ("batch_size", 1200))
+    _aotinductor_graphs.require_dynamic(exported(True), [spec], "model.pt2")
+    with pytest.raises(Unsupported, match="no shapes but those") as caught:
+        _aotinductor_graphs.require_dynamic(exported(False), [spec], "model.pt2")
+    assert caught.value.where == ("x  ['batch_size', 1200] became ['3', '1200']",)
+
+
+@pytest.mark.slow
+def test_weights_that_are_in_the_package_too_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    configs = _aotinductor_compile.Compiler.configs
+    inside = {"aot_inductor.package_constants_in_so": True}
+    monkeypatch.setattr(_aotinductor_compile.Compiler, "configs", lambda self, cxx: configs(self, cxx) | inside)
+    package, weights = tmp_path / "m.pt2", tmp_path / WEIGHTS
+    weights.write_bytes(bytes(4 * 1500 * 1200))
+    program = exported(True)
+    _aotinductor_compile.compile_package(program, package, tmp_path, _aotinductor_compile.Compiler())
+    with pytest.raises(AssertionError, match="weights are in it twice"):
+        _aotinductor_compile.require_bare(package, program, weights)
+
+
+@pytest.mark.slow
+def test_a_converter_that_drops_the_state_is_caught(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lower = AOTInductor.lower
+
+    def forgetful(self: AOTInductor, model: TracedModel) -> Any:
+        broken = model.copy()
+        for node in list(broken.graph.nodes):
+            if node.target is torch.ops.aten.cat.default and "past" in str(node.args[0]):
+                # What is handed on forgets, while this call itself computes rightly.
+                with broken.graph.inserting_after(node):
+                    new = broken.graph.call_function(torch.ops.aten.mul.Tensor, (node, 0.0))
+                    new.meta = dict(node.meta)
+                outputs: Any = broken.output_node()
+                outputs.args = (tuple(new if value is node else value for value in outputs.args[0]),)
+        broken.finish_rewrite()
+        return lower(self, broken)
+
+    monkeypatch.setattr(AOTInductor, "lower", forgetful)
+    folder = save_random(ONE_LAYER, tmp_path / "model")
+    with pytest.raises(ParityFailed) as caught:
+        pipeline.convert(Recipe(model=str(folder), target="aotinductor"), tmp_path / "out")
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_conversions_give_the_same_bytes_and_leave_nothing(tmp_path: Path) -> None:
+    digests = []
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        emitted(folder, ONE_LAYER, "int8")
+        digests.append({path.name: file_sha256(path) for path in folder.iterdir()})
+    assert digests[0] == digests[1]
+    assert set(digests[0]) == {"model.pt2", WEIGHTS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "phi3", "gpt2", "mixtral"])
+def test_the_gate_passes_generators(name: str, precision: str, tmp_path: Path) -> None:
+    folder = save_random(TYPES[name], tmp_path / "model")
+    artifact = pipeline.convert(Recipe(model=str(folder), target="aotinductor", precision=precision), tmp_path / "out")
+    assert artifact.proof.execution.status == "passed"
+    assert artifact.proof.numerics.by == "aotinductor"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_gate_passes_an_encoder(precision: str, tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path / "model", "bert")
+    artifact = pipeline.convert(
+        Recipe(model=str(folder), target="aotinductor", task="feature-extraction", precision=precision), tmp_path / "out"
+    )
+    assert artifact.proof.execution.status == "passed"
+
+
+@pytest.mark.slow
+def test_the_loader_in_cpp_gives_the_tokens_of_the_session(split: tuple[Artifact, TracedModel], tmp_path: Path) -> None:
+    artifact, model = split
+    source = ROOT / "docs" / "targets" / "aotinductor"
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    subprocess.run(["cmake", "-S", source, "-B", tmp_path, prefix, "-DCMAKE_BUILD_TYPE=Release"], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", tmp_path], check=True, capture_output=True)
+    state, prompt, steps = model.states[0], [5, 9, 7], 6
+    decoder = Decoder(artifact, AOTInductorSession(artifact, 1))
+    given, expected = np.array([prompt]), []
+    for _ in range(steps):
+        expected.append(int(decoder(given)[0, -1].argmax()))
+        given = np.array([[expected[-1]]])
+    shape = [str(len(model.states) // 2), str(state.shape[1]), str(state.shape[3]), str(steps)]
+    run = subprocess.run([tmp_path / "run", artifact.folder, *shape, *map(str, prompt)], check=True, capture_output=True, text=True)
+    assert [int(line) for line in run.stdout.split()] == expected
+    assert mapped(artifact.folder / WEIGHTS)
