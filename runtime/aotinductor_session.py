@@ -61,11 +61,12 @@ class AOTInductorSession(TorchSession):
             ArtifactUnreadable: the weights are missing, cut short, or not those of the package.
             TargetUnavailable: the package was compiled for another processor.
         """
-        from torch._C._aoti import AOTIModelPackageLoader
+        from torch._C import _aoti
 
         weights = self.weights()
-        _require_processor(AOTIModelPackageLoader.load_metadata_from_package(str(path), MODEL), path)
-        loader = AOTIModelPackageLoader(str(path), MODEL, False, 1, -1)
+        package: Any = _aoti.AOTIModelPackageLoader  # of which torch's types know not everything
+        _require_processor(package.load_metadata_from_package(str(path), MODEL), path)
+        loader = package(str(path), MODEL, False, 1, -1)
         names = loader.get_constant_fqns()
         if missing := sorted(set(names) - set(weights)):
             raise ArtifactUnreadable(f"{WEIGHTS} lacks weights of {path.name}", missing, REDO)

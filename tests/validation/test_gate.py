@@ -304,13 +304,13 @@ def test_steps_are_driven_through_the_graph_for_steps_and_judged_there() -> None
     artifact = replace(made.artifact, graphs={PREFILL: graph, DECODE: graph})
     session, called = made.session(), set[tuple[str, bool]]()
 
-    def honest(name: str, inputs: Any) -> Any:
-        called.add((name, inputs["input_ids"].shape[1] == 1))
+    def honest(graph: str, inputs: Any) -> Any:
+        called.add((graph, inputs["input_ids"].shape[1] == 1))
         return session("model", inputs)
 
-    def forgetful(name: str, inputs: Any) -> Any:
-        outputs = honest(name, inputs)
-        return newest_slot_empty(inputs, lambda _: outputs) if name == DECODE else outputs
+    def forgetful(graph: str, inputs: Any) -> Any:
+        outputs = honest(graph, inputs)
+        return newest_slot_empty(inputs, lambda _: outputs) if graph == DECODE else outputs
 
     picked = made.pick("single", "batch-2", "chunked-prefill")
     assert prove(artifact, honest, picked, made.references)[0].numerics.status == "passed"
