@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.export.graph_signature import InputKind
 
-from calque.runtime.aotinductor_session import DTYPES
+from calque.runtime.aotinductor_session import DTYPES, mapped
 from calque.weights import pieces
 
 if TYPE_CHECKING:
@@ -75,3 +75,21 @@ def write(file: Path, model: TracedModel, kept: Mapping[str, torch.Tensor]) -> i
         if out.tell() != 8 + len(text) + at:
             raise AssertionError(f"{file.name} has {out.tell()} bytes, {8 + len(text) + at} expected")
     return 8 + len(text) + at
+
+
+def integers(file: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return the integers that a file holds, int8 [out, in], and their scales [out, groups], by the name of the weight."""
+    from calque.panel_ops import out_of_halves, out_of_panels, out_of_scales
+
+    held, found = mapped(file), {}
+    for name in held:
+        weight, _, how = name.rpartition(".q.")
+        if how == "panels":
+            scale = out_of_scales(held[f"{weight}.scale.panels"])
+            outputs = int(scale.bool().any(1).sum())  # no scale is 0 but those that fill the last panel
+            found[weight] = out_of_panels(held[name])[:outputs], scale[:outputs]
+        elif how == "halves":
+            found[weight] = out_of_halves(held[name]), held[f"{weight}.scale"]
+        elif name.endswith(".q"):
+            found[name.removesuffix(".q")] = held[name], held[f"{name.removesuffix('.q')}.scale"]
+    return found

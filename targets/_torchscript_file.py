@@ -153,7 +153,7 @@ def examples(inputs: tuple[TensorSpec, ...]) -> str:
 
 
 def integers(artifact: Artifact) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the integers int8 [out, in] and the scales float32 [out] of every weight that a file holds packed, by its name."""
+    """Return the integers int8 [out, in] and the scales float32 [out, 1] of every weight that a file holds packed, by its name."""
     import torch
 
     path = artifact.folder / next(iter(artifact.graphs.values())).file
@@ -162,4 +162,4 @@ def integers(artifact: Artifact) -> dict[str, tuple[Tensor, Tensor]]:
         loaded: Any = torch.jit.load(str(path), _extra_files=extra)  # type: ignore[no-untyped-call]
         packed = {name: getattr(loaded, held) for name, held in json.loads(extra[METADATA])["packed"].items()}
         unpacked = {name: torch.ops.quantized.linear_unpack(held)[0] for name, held in packed.items()}
-        return {name: (weight.int_repr(), weight.q_per_channel_scales().float()) for name, weight in unpacked.items()}
+        return {name: (weight.int_repr(), weight.q_per_channel_scales().float()[:, None]) for name, weight in unpacked.items()}

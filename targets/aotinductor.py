@@ -23,8 +23,11 @@ from calque.errors import TargetUnavailable
 from calque.passes import Pass
 from calque.runtime.aotinductor_session import MODEL, WEIGHTS
 from calque.targets import Emitted, Problem, package_rows
+from calque.tensors import to_array
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
     from torch.export import ExportedProgram
 
@@ -130,6 +133,12 @@ class AOTInductor:
 
         return AOTInductorSession(artifact, threads, exact=True) if rounds_activations(artifact) else None
 
+    def integers(self, artifact: Artifact) -> dict[str, tuple[NDArray[np.int8], NDArray[np.generic]]]:
+        """Return q int8 [out, in] and scale [out, groups] of every matrix of integers, by the name of its weight."""
+        from calque.targets._aotinductor_weights import integers
+
+        return {name: (to_array(q), to_array(scale)) for name, (q, scale) in integers(artifact.folder / WEIGHTS).items()}
+
     def doctor(self) -> list[tuple[str, str, str]]:
         """Return what compiling and running takes."""
         from calque.targets import _aotinductor_compile
@@ -139,25 +148,6 @@ class AOTInductor:
         except TargetUnavailable as error:
             compiler, note = "missing", f"to convert: {error.fix}"
         return [*package_rows({"torch": "to convert and to run"}), ("C++ compiler", compiler, note)]
-
-
-def integers(artifact: Artifact) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the integers of the artifact's weights, int8 [out, in], and their scales [out, groups], by the name of the weight."""
-    from calque.panel_ops import out_of_halves, out_of_panels, out_of_scales
-    from calque.runtime.aotinductor_session import mapped
-
-    held, found = mapped(artifact.folder / WEIGHTS), {}
-    for name in held:
-        weight, _, how = name.rpartition(".q.")
-        if how == "panels":
-            scale = out_of_scales(held[f"{weight}.scale.panels"])
-            outputs = int(scale.bool().any(1).sum())  # no scale is 0 but those that fill the last panel
-            found[weight] = out_of_panels(held[name])[:outputs], scale[:outputs]
-        elif how == "halves":
-            found[weight] = out_of_halves(held[name]), held[f"{weight}.scale"]
-        elif name.endswith(".q"):
-            found[name.removesuffix(".q")] = held[name], held[f"{name.removesuffix('.q')}.scale"]
-    return found
 
 
 TARGET = AOTInductor

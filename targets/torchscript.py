@@ -16,8 +16,12 @@ from calque.choices import NARROW, QUANTIZED
 from calque.errors import UsageError
 from calque.passes import Pass
 from calque.targets import Emitted, Problem, package_rows
+from calque.tensors import to_array
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from calque.session import Session
     from calque.targets._torchscript import Writer
     from calque.traced import TracedModel
@@ -74,6 +78,12 @@ class TorchScript:
         from calque.runtime.torchscript_session import TorchScriptSession
 
         return TorchScriptSession(artifact, threads)
+
+    def integers(self, artifact: Artifact) -> dict[str, tuple[NDArray[np.int8], NDArray[np.generic]]]:
+        """Return q int8 [out, in] and scale [out, groups] of every matrix of integers, by the name of its weight."""
+        from calque.targets._torchscript_file import integers
+
+        return {name: (to_array(q), to_array(scale)) for name, (q, scale) in integers(artifact).items()}
 
     def doctor(self) -> list[tuple[str, str, str]]:
         """Return the packages that emitting and running take."""

@@ -33,8 +33,8 @@ def test_names_are_those_of_the_files() -> None:
     assert passes.names() == [
         "cache_dynamic", "cache_static", "cast_precision", "drop_zero_bias", "fuse_experts", "fuse_gelu", "fuse_grouped_attention",
         "fuse_layer_norm", "fuse_prefix_attention", "fuse_residual_norm", "fuse_rms_norm", "fuse_rotary", "keep_last_logits",
-        "lay_out_integers", "merge_gate_up", "merge_qkv", "pack_panels", "pack_weights", "pool_sentences", "quantize_activations", "quantize_weights",
-        "simplify_shapes", "transpose_linear",
+        "lay_out_integers", "merge_gate_up", "merge_qkv", "pack_panels", "pack_weights", "pool_sentences", "quantize_activations",
+        "quantize_weights", "simplify_shapes", "transpose_linear",
     ]  # fmt: skip
 
 

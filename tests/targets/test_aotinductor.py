@@ -24,7 +24,8 @@ from calque.recipe import Recipe
 from calque.runtime.aotinductor_session import MODEL, WEIGHTS, AOTInductorSession, mapped
 from calque.runtime.decoder import Decoder
 from calque.targets import _aotinductor_compile, _aotinductor_graphs
-from calque.targets.aotinductor import AOTInductor, integers
+from calque.targets._aotinductor_weights import integers
+from calque.targets.aotinductor import AOTInductor
 from calque.traced import TracedModel
 from calque.traced_session import TracedSession
 from tests.tiny_encoders import save_encoder
@@ -123,7 +124,7 @@ def test_integers_are_those_of_the_pass(single: tuple[Artifact, TracedModel]) ->
     artifact, _ = single
     model = traced_as(ONE_LAYER)
     passes.run([rewrite for rewrite in AOTInductor().passes("int4") if not isinstance(rewrite, PackPanels)], model)
-    found = integers(artifact)
+    found = integers(artifact.folder / "model.safetensors")
     names = {name.removesuffix(".q") for name in model.weights.entries if name.endswith(".q")}
     assert found.keys() == names
     for name, (q, scale) in found.items():
