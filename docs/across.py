@@ -20,11 +20,11 @@ OPENING = """# The same integers in every target
 
 <!-- Written by docs/across.py from docs/across.json; do not edit. -->
 
-`builtin:quill`, a trained model, as int8 and as int4 in every target that holds it, made by one pass and read back out of the files: rows of
-integers, an output of a product each, whose integers or scales are not those of the first target's. Then what the artifacts answer in the
-scenarios that all were proved by, every two beside each other, in σ of the output. Runtimes round activations in ways of their own, or
-not at all, which is most of what is between them; *without* are the same files told not to round, where their runtime can be told so.
-TensorRT's file is run by ONNX Runtime, Core ML's by the interpreter of MIL, both in float16.
+`builtin:quill`, a trained model, as int8 and as int4 in every target that holds it, made by one pass and read back out of the files: *rows*
+are outputs of products, *rows apart* those whose integers are not the first target's. Then what the artifacts answer in the scenarios
+that all were proved by, every two beside each other, in σ of the output. Runtimes round activations in ways of their own, or not at all,
+which is most of what is between them; *without* are the same files told not to round, where their runtime can be told so. TensorRT's
+file is run by ONNX Runtime, Core ML's by the interpreter of MIL, both in float16.
 
 ```bash
 python docs/across.py

@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 # What torch 2.13 says of TorchScript at every call: that there will be no more of it. It is what these artifacts are made of.
 DEPRECATED = r".*(torch\.jit|TorchScript|Lite Interpreter).*"
 
+# A product whose values are rounded to the range of each call, and the same product without that.
+ROUNDED = """graph(%x, %packed, %reduce_range):
+    %out = quantized::linear_dynamic(%x, %packed, %reduce_range)
+    return (%out)"""
+UNROUNDED = """graph(%x, %packed, %reduce_range):
+    %integers : Tensor, %bias : Tensor? = quantized::linear_unpack(%packed)
+    %weight = aten::dequantize(%integers)
+    %out = aten::linear(%x, %weight, %bias)
+    return (%out)"""
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -45,6 +55,21 @@ class TorchScriptSession(TorchSession):
                 return run(given)
 
         return unprofiled
+
+
+class ExactSession(TorchScriptSession):
+    """Runs a file as `TorchScriptSession` does, a mobile one too, but rounds nothing that is multiplied with what its integers stand for."""
+
+    def load(self, path: Path, graph: str) -> Run:
+        """Return what runs the module at ``path`` with ``aten::linear`` in the place of each product of integers."""
+        import torch
+
+        with quiet():
+            module: Any = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
+            torch._C._jit_pass_custom_pattern_based_rewrite_graph(ROUNDED, UNROUNDED, module.graph)
+        # What runs is the graph that was changed, not code that was made of it before.
+        run = _listed(torch._C._create_function_from_graph("exact", module.graph))
+        return lambda given: run([module._c, *given])
 
 
 class LiteSession(TorchSession):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from calque.artifact import Artifact, GraphSpec
+from calque.artifact import Artifact, GraphSpec, rounds_activations
 from calque.choices import QUANTIZED
 from calque.errors import UsageError
 from calque.passes import Pass
@@ -102,6 +102,12 @@ class TorchScriptLite:
         from calque.runtime.torchscript_session import LiteSession
 
         return LiteSession(artifact, threads)
+
+    def exact(self, artifact: Artifact, threads: int = 0) -> Session | None:
+        """Return a session over the artifact that rounds no activations; None where it rounds none itself."""
+        from calque.runtime.torchscript_session import ExactSession
+
+        return ExactSession(artifact, threads) if rounds_activations(artifact) else None
 
     def integers(self, artifact: Artifact) -> dict[str, tuple[NDArray[np.int8], NDArray[np.generic]]]:
         """Return q int8 [out, in] and scale [out, groups] of every matrix of integers, by the name of its weight."""

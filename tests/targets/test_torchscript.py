@@ -19,7 +19,7 @@ from calque import passes
 from calque.artifact import Artifact, Limits, TensorSpec
 from calque.errors import ArtifactUnreadable, ParityFailed, UsageError
 from calque.recipe import Parity, Recipe
-from calque.runtime.torchscript_session import TorchScriptSession, quiet
+from calque.runtime.torchscript_session import ExactSession, TorchScriptSession, quiet
 from calque.targets import _torchscript, _torchscript_check, _torchscript_file
 from calque.targets._torchscript import Writer
 from calque.targets.torchscript import FILE, TorchScript
@@ -153,6 +153,16 @@ def test_integers_are_stored_as_they_are_and_once(activations: str, tmp_path: Pa
             laid = model.weights[f"{name}.q.transposed"].read()
             assert torch.equal(q, laid.t())
             assert torch.equal(scale, model.weights[f"{name}.scale.each"].read()[:, None])
+
+
+def test_the_same_file_is_run_without_rounding(tmp_path: Path) -> None:
+    plain, _ = emitted("gpt2", "int8", tmp_path, activations="float32")
+    model, artifact = emitted("gpt2", "int8", tmp_path)
+    inputs = prompt(model, 7)
+    expected = answers(plain, inputs)["logits"]
+    exact, rounded = (np.asarray(run(artifact)("model", inputs)["logits"], np.float32) for run in (ExactSession, TorchScriptSession))
+    np.testing.assert_allclose(exact, expected, atol=1e-4)
+    assert float(np.abs(rounded - expected).max()) > 1e-2
 
 
 def test_tied_weights_are_in_the_file_once_and_two_conversions_are_the_same_bytes(tmp_path: Path) -> None:
