@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from calque.errors import ArtifactUnreadable, TargetUnavailable
 from calque.runtime.artifact_session import REDO
+from calque.runtime.cuda_graphs import CudaGraphs
 from calque.runtime.torch_session import TorchSession
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class AOTInductorSession(TorchSession):
     def __init__(self, artifact: Artifact, threads: int = 0, exact: bool = False) -> None:
         super().__init__(artifact, threads)
         self._exact = exact
+        self._cuda = artifact.recipe.get("options", {}).get("device") == "cuda"
         self._weights: dict[str, Tensor] = {}
 
     def load(self, path: Path, graph: str) -> Run:
@@ -59,9 +61,13 @@ class AOTInductorSession(TorchSession):
 
         Raises:
             ArtifactUnreadable: the weights are missing, cut short, or not those of the package.
-            TargetUnavailable: the package was compiled for another processor.
+            TargetUnavailable: the package was compiled for another processor, or for a GPU and there is none.
         """
+        import torch
         from torch._C import _aoti
+
+        if self._cuda and not torch.cuda.is_available():
+            raise TargetUnavailable(f"{path.name} was compiled for an NVIDIA GPU, and torch finds none", fix="run it where one is")
 
         weights = self.weights()
         package: Any = _aoti.AOTIModelPackageLoader  # of which torch's types know not everything
@@ -72,7 +78,7 @@ class AOTInductorSession(TorchSession):
             raise ArtifactUnreadable(f"{WEIGHTS} lacks weights of {path.name}", missing, REDO)
         loader.load_constants({name: weights[name] for name in names}, False, True, True)
         run: Run = loader.run
-        return run
+        return CudaGraphs(run) if self._cuda else run
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights by name, over the mapped file, the same tensors each time.
@@ -84,6 +90,8 @@ class AOTInductorSession(TorchSession):
             self._weights = mapped(self.artifact.folder / WEIGHTS)
             if self._exact and ROUNDS in self._weights:
                 self._weights[ROUNDS] = self._weights[ROUNDS] & 0
+            if self._cuda:
+                self._weights = {name: tensor.cuda() for name, tensor in self._weights.items()}
         return self._weights
 
 

@@ -58,7 +58,7 @@ class TorchScriptSession(TorchSession):
 
 
 class ExactSession(TorchScriptSession):
-    """Runs a file as `TorchScriptSession` does, a mobile one too, but rounds nothing that is multiplied with what its integers stand for."""
+    """Runs a file as `TorchScriptSession` does, a mobile one too, but rounds nothing that is multiplied by integers."""
 
     def load(self, path: Path, graph: str) -> Run:
         """Return what runs the module at ``path`` with ``aten::linear`` in the place of each product of integers."""

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, InputSpec
 
 from calque.errors import TargetUnavailable, Unsupported
 from calque.runtime.aotinductor_session import MODEL
@@ -64,7 +64,6 @@ class Compiler:
     """How a package is compiled. ``shims``: C++ of our own operators, by operator, as Inductor wants it."""
 
     march: March = "portable"
-    device: Literal["cpu", "cuda"] = "cpu"
     shims: Mapping[Any, list[str]] | None = None
 
     def configs(self, cxx: Path) -> dict[str, Any]:
@@ -189,11 +188,19 @@ def stood_in(program: ExportedProgram) -> None:
         if spec.kind == InputKind.USER_INPUT or spec.target is None:
             continue
         fake = nodes[spec.arg.name].meta["val"]
+        if fake.device.type == "cuda":
+            _stand_in(program, spec, torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device))
+            continue
         nbytes = fake.numel() * fake.element_size()
         pages = torch.from_numpy(np.zeros(nbytes, np.uint8))
         zeros = (pages.view(fake.dtype) if nbytes else torch.empty(0, dtype=fake.dtype)).reshape(fake.shape)
-        if spec.target in program.constants:
-            program.constants[spec.target] = zeros
-        else:
-            parameter = spec.kind == InputKind.PARAMETER
-            program.state_dict[spec.target] = torch.nn.Parameter(zeros, requires_grad=False) if parameter else zeros
+        _stand_in(program, spec, zeros)
+
+
+def _stand_in(program: ExportedProgram, spec: InputSpec, zeros: torch.Tensor) -> None:
+    assert spec.target is not None
+    if spec.target in program.constants:
+        program.constants[spec.target] = zeros
+    else:
+        parameter = spec.kind == InputKind.PARAMETER
+        program.state_dict[spec.target] = torch.nn.Parameter(zeros, requires_grad=False) if parameter else zeros

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from calque.artifact import DECODE, PREFILL, Artifact, GraphSpec, rounds_activations
 from calque.choices import NARROW, QUANTIZED, Requirement
-from calque.errors import TargetUnavailable
+from calque.errors import TargetUnavailable, UsageError
 from calque.passes import Pass
 from calque.runtime.aotinductor_session import MODEL, WEIGHTS
 from calque.targets import Emitted, Problem, package_rows
@@ -49,35 +49,54 @@ class AOTInductor:
     """``march``: code for any processor of the machine's baseline, or for this one alone.
 
     ``graphs``: one package for every call, or ``split``: one for prompts and one for steps, over the same weights.
+    ``device``: ``cuda`` compiles for the GPU of this machine, in fp32 or bf16, with keys and values in slots and steps as CUDA graphs.
     ``activations``: what int8 and int4 multiply: values rounded to 8 bits, block by block, or float32 as they are.
     """
 
     march: Literal["portable", "native"] = "portable"
     activations: Literal["int8", "float32"] = "int8"
     graphs: Literal["one", "split"] = "one"
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    def __post_init__(self) -> None:
+        """Refuse what does not go together."""
+        if self.device == "cuda" and self.march != "portable":
+            raise ValueError("march: native belongs to device: cpu; code for a GPU is that of the GPU here")
 
     name: ClassVar[str] = "aotinductor"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8", "int4")
 
     def require(self, needed: Requirement | None) -> None:
-        """Leave quietly if a C++ compiler is here; what was compiled runs where it was.
+        """Leave quietly if a C++ compiler is here, and a GPU if one is asked for; what was compiled runs where it was.
 
         Raises:
             TargetUnavailable: there is none.
         """
         from calque.targets import _aotinductor_compile
 
+        if self.device == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                found = [f"torch {torch.__version__}"]
+                raise TargetUnavailable("device: cuda compiles on an NVIDIA GPU, and torch finds none", found, "leave device: cuda out")
         _aotinductor_compile.find_compiler()
 
     def passes(self, precision: str) -> tuple[Pass, ...]:
         """Return the passes of this target, in order."""
         from calque.passes.cache_dynamic import CacheDynamic
+        from calque.passes.cache_static import CacheStatic
         from calque.passes.cast_precision import CastPrecision
         from calque.passes.drop_zero_bias import DropZeroBias
         from calque.passes.pack_panels import PackPanels
         from calque.passes.quantize_weights import QuantizeWeights
 
         cast = (CastPrecision(NARROW[precision]),) if precision in NARROW else ()
+        if self.device == "cuda":
+            if precision in QUANTIZED:
+                why = f"device: cuda has no {precision}: the kernels that multiply integers are a CPU's"
+                raise UsageError(why, fix="take fp32 or bf16, or the target tensorrt")
+            return (DropZeroBias(), CacheStatic(), *cast)  # slots: every step has the same shapes
         if precision in QUANTIZED:
             return (QuantizeWeights(**QUANTIZED[precision]), DropZeroBias(), CacheDynamic(), PackPanels())
         return (DropZeroBias(), CacheDynamic(), *cast)
@@ -95,6 +114,10 @@ class AOTInductor:
         told = _aotinductor_products.switched(model, self.activations == "int8")
         meanings = {torch.ops.calque.attention.default: _aten.dot_product_attention}
         program = _aten.to_aten(told, meanings, (_aotinductor_products.PANEL_LINEAR,))
+        if self.device == "cuda":
+            from torch.export.passes import move_to_device_pass
+
+            program = move_to_device_pass(program, "cuda")
         weights = _aotinductor_weights.unite(program, told)
         whole = GraphSpec(f"{MODEL}.pt2", model.inputs, model.outputs)
         if self.graphs == "one" or not model.states:

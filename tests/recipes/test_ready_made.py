@@ -14,10 +14,10 @@ from tests.recipes.small_configs import CONFIGS, read_shrunken
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 QUILL = "builtin:quill"
-# Each shares its model with a recipe of the quick run, and its target and precision with another.
+# Each shares its model with a recipe of the quick run, and its target and precision with another, or with tests of its target.
 SHOWN = {
     "quill-onnxruntime-int4", "Llama-3.2-1B-Instruct-onnxruntime-fp32", "Qwen3-0.6B-onnxruntime-fp32",
-    "SmolLM2-135M-Instruct-onnxruntime-fp32",
+    "SmolLM2-135M-Instruct-onnxruntime-fp32", "quill-torchscript-int8", "quill-aotinductor-int8",
 }  # fmt: skip
 
 # What sets a model apart, so that it must be asked for it.

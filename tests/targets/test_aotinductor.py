@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+import calque
 from calque import passes, pipeline
 from calque.artifact import DECODE, PREFILL, Artifact, TensorSpec, file_sha256
 from calque.choices import Precision
-from calque.errors import ArtifactUnreadable, ParityFailed, TargetUnavailable, Unsupported
+from calque.errors import ArtifactUnreadable, ParityFailed, TargetUnavailable, Unsupported, UsageError
 from calque.passes.pack_panels import PackPanels
 from calque.recipe import Recipe
 from calque.runtime.aotinductor_session import MODEL, WEIGHTS, AOTInductorSession, mapped
@@ -311,3 +312,22 @@ def test_the_loader_in_cpp_gives_the_tokens_of_the_session(split: tuple[Artifact
     run = subprocess.run([tmp_path / "run", artifact.folder, *shape, *map(str, prompt)], check=True, capture_output=True, text=True)
     assert [int(line) for line in run.stdout.split()] == expected
     assert mapped(artifact.folder / WEIGHTS)
+
+
+def test_a_gpu_that_is_not_here_is_said_before_any_work(tmp_path: Path) -> None:
+    recipe = Recipe(model="no/such", target="aotinductor", options={"device": "cuda"})
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(TargetUnavailable, match="NVIDIA GPU"):
+        calque.convert(recipe, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_has_slots_and_no_integers() -> None:
+    names = [passes.name_of(rewrite) for rewrite in AOTInductor(device="cuda").passes("bf16")]
+    assert "cache_static" in names
+    assert "cast_precision" in names
+    with pytest.raises(UsageError, match="no int4"):
+        AOTInductor(device="cuda").passes("int4")
+    with pytest.raises(ValueError, match="march: native"):
+        AOTInductor(device="cuda", march="native")
