@@ -1,6 +1,6 @@
 """Converts models for the compiled targets through the whole gate, runs each artifact beside the eager model, and writes it down.
 
-``python -m benchmarks.compiled.run [--models llama …] [--targets torchscript …] [--work DIR]``, from the repository root.
+``python -m benchmarks.compiled.run [--models llama …] [--targets torchscript …] [--precisions int8 …] [--work DIR]``, from the repository root.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ Row = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert and run each and write the results; 1 where one failed."""
     args = parse(arguments)
-    asked = [(name, *cell) for name in args.models for cell in cells(name) if cell[0] in args.targets]
+    asked = [(name, *cell) for name in args.models for cell in cells(name) if cell[0] in args.targets and cell[1] in args.precisions]
     rows = earlier(args.results)
     for name, target, precision in asked:
         rows = [row for row in rows if (row["model"], row["target"], row["precision"]) != (name, target, precision)]
@@ -80,6 +80,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--targets", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    precisions = tuple(dict.fromkeys(precision for _, precision in CELLS))
+    parser.add_argument("--precisions", nargs="+", choices=precisions, default=precisions)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "compiled", metavar="DIR", help="where artifacts are made")
     parser.add_argument("--results", type=Path, default=HERE, metavar="DIR", help="where results.json and results.md go")
     return parser.parse_args(arguments)
