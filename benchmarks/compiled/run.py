@@ -1,6 +1,6 @@
 """Converts models for the compiled targets through the whole gate, runs each artifact beside the eager model, and writes it down.
 
-``python -m benchmarks.compiled.run [--models llama …] [--targets torchscript …] [--precisions int8 …] [--work DIR]``, from the repository root.
+``python -m benchmarks.compiled.run [--models llama …] [--targets torchscript …] [--precisions int8 …]``, from the repository root.
 """
 
 from __future__ import annotations
