@@ -58,6 +58,31 @@ calque conformance --target tensorrt --max-length 64 --results docs/targets/tens
 """,
 }
 
+# The compiled targets: well-known types, each with what others have not. A whole sweep is the same command without --types.
+COMPILED = """# What converts to {title}
+
+<!-- Written by docs/support.py from docs/targets/{target}-support.json; do not edit. -->
+
+Well-known types of [support.md](../support.md), small and with random weights, converted for `{target}` in fp32 and put through the whole
+parity gate, the file being run {by}. Types that are not here were not asked for.
+{{statuses}}
+```bash
+calque conformance --target {target}{length} --types {types} --results docs/targets/{target}-support.json
+python docs/support.py
+```
+"""
+TYPES = "llama,mistral,qwen2,qwen3,gemma2,gemma3_text,phi3,gpt2,gpt_neox,gpt_oss,mixtral,qwen3_moe,bloom,falcon,opt,mpt,olmo2,granite,smollm3,stablelm"
+SHORT = " --max-length 128"
+OPENINGS |= {
+    target: COMPILED.format(title=title, target=target, by=by, types=types, length=length)
+    for target, title, by, types, length in (
+        ("torchscript", "TorchScript", "by torch", TYPES, ""),
+        ("torchscript-lite", "TorchScript Lite", "by the lite interpreter", TYPES, ""),
+        ("aotinductor", "AOTInductor", "where it was compiled", "llama,qwen3,gemma3_text,phi3,gpt2,mixtral,bloom", ""),
+        ("coreml", "Core ML", "by the interpreter of MIL", TYPES, SHORT),
+    )
+}
+
 # The records hold more of an error's text.
 SHOWN_LINES, SHOWN_WIDTH = 3, 180
 
