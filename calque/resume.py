@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -41,12 +42,22 @@ def _settings(recipe: Recipe, artifact: Artifact) -> Iterator[str]:
             yield f"recipe: {key} was {then!r}, is {now!r}"
     tools = {**pipeline.tool_versions(), **plugins.versions(recipe.target, artifact.passes)}
     for name in sorted({*tools, *artifact.tools}):
-        if artifact.tools.get(name) != tools.get(name):
-            yield f"{name} was {artifact.tools.get(name)}, is {tools.get(name)}"
+        # A target's own packages, and what built something of it, stand in the manifest alone.
+        now = tools.get(name, _installed(name))
+        if artifact.tools.get(name) != now:
+            yield f"{name} was {artifact.tools.get(name)}, is {now}"
     if recipe.parity.text and recipe.parity.max_kl is not None:
         yield "the manifest does not hold the text that decides which layers are promoted"
     if recipe.calibration:
         yield "the manifest does not hold the text of the calibration"
+
+
+def _installed(package: str) -> str | None:
+    """Return the version of a package that is here; None where it is not."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _proof(recipe: Recipe, artifact: Artifact) -> Iterator[str]:

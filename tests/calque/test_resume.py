@@ -80,6 +80,13 @@ def test_another_version_of_a_tool_is_seen(place: Path, tool: str) -> None:
     assert [line.partition(", is ")[0] for line in found(place)] == [f"{tool} was 0.0.1"]
 
 
+def test_packages_of_a_target_are_held_against_those_that_are_here(place: Path) -> None:
+    edit_manifest(place, lambda data: data["tools"].update({"pytest": pytest.__version__}))
+    assert found(place) == []
+    edit_manifest(place, lambda data: data["tools"].update({"pytest": "0.1", "no-such-package": "2.0"}))
+    assert found(place) == ["no-such-package was 2.0, is None", f"pytest was 0.1, is {pytest.__version__}"]
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "config.json", "reference/single-prompt.npz"])
 def test_a_damaged_file_is_seen(place: Path, name: str) -> None:
     path = place / "out" / name
