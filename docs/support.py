@@ -71,7 +71,10 @@ calque conformance --target {target}{length} --types {types} --results docs/targ
 python docs/support.py
 ```
 """
-TYPES = "llama,mistral,qwen2,qwen3,gemma2,gemma3_text,phi3,gpt2,gpt_neox,gpt_oss,mixtral,qwen3_moe,bloom,falcon,opt,mpt,olmo2,granite,smollm3,stablelm"
+TYPES = (
+    "llama,mistral,qwen2,qwen3,gemma2,gemma3_text,phi3,gpt2,gpt_neox,gpt_oss,mixtral,qwen3_moe,bloom,falcon,opt,mpt,olmo2,granite,"
+    "smollm3,stablelm"
+)
 SHORT = " --max-length 128"
 OPENINGS |= {
     target: COMPILED.format(title=title, target=target, by=by, types=types, length=length)
