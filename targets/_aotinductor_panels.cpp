@@ -196,8 +196,8 @@ CALQUE_AVX2 void exact_rows(const Product& p, int64_t panel, int64_t row) {
   for (int64_t b = 0; b < p.blocks; ++b) {
     const int64_t at = (panel * p.groups + p.group(b)) * 8;
     const float* x = p.x + row * p.in + b * p.block;
-    __m256 sums[R], alone[R];
-    for (int r = 0; r < R; ++r) sums[r] = alone[r] = _mm256_setzero_ps();
+    __m256 sums[R], alone[R], pieces[R];
+    for (int r = 0; r < R; ++r) sums[r] = alone[r] = pieces[r] = _mm256_setzero_ps();
     for (int64_t k = 0; k < p.block; k += 8, q += BITS * 8) {
       const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
       if (BITS == 4) {
@@ -212,7 +212,14 @@ CALQUE_AVX2 void exact_rows(const Product& p, int64_t panel, int64_t row) {
           for (int t = 0; t < 8; ++t) alone[r] = _mm256_add_ps(alone[r], _mm256_set1_ps(x[r * p.in + k + t]));
         }
       }
+      if (k % 64 == 56) {  // sums of few: of a whole row, which a block may be, float32 would lose digits
+        for (int r = 0; r < R; ++r) {
+          pieces[r] = _mm256_add_ps(pieces[r], sums[r]);
+          sums[r] = _mm256_setzero_ps();
+        }
+      }
     }
+    for (int r = 0; r < R; ++r) sums[r] = _mm256_add_ps(sums[r], pieces[r]);
     if (p.zero) {
       const __m128i zeros = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p.zero + at));
       const __m256 zero = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(zeros));
