@@ -28,7 +28,7 @@ COMMANDS = {
     "convert": "turn a model into an artifact and prove it against the eager model",
     "validate": "check an artifact against the reference it carries; needs onnxruntime, not torch",
     "generate": "continue a text with an artifact",
-    "bench": "measure artifacts side by side: time to the first token, tokens per second, memory; needs onnxruntime, not torch",
+    "bench": "measure artifacts side by side: time to the first token, tokens per second, memory; needs their runtimes alone",
     "compare": "hold artifacts of one model beside each other: the same integers, how far apart their answers are",
     "inspect": "show what an artifact is, what was proved, and whether its files are whole",
     "report": "write what was converted, measured and proved as Markdown, HTML, JUnit XML or JSON; needs no torch",

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,8 @@ Subjects = TypeVar("Subjects")
 
 # Calls of an encoder in one run: one alone is too short to be told from chance.
 CALLS = 10
+# How long a worker is given to end by itself, and one that was interrupted, in seconds.
+ENDS_S, INTERRUPTED_S = 10.0, 2.0
 WARM_UP_STEPS = 4
 
 
@@ -89,8 +91,17 @@ class Worker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._process.kill()  # it keeps nothing
-        self._process.communicate()
+        # It ends by itself where nobody asks any more, and takes with it what its runtime unpacked; interrupted, it is not waited for.
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=ENDS_S if error is None or isinstance(error, Exception) else INTERRUPTED_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._process.wait()
 
 
 def _raised(error: Mapping[str, Any]) -> CalqueError:

@@ -93,12 +93,11 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from calque import side_by_side
-    from calque.validation.across import differing
 
     with Progress(sys.stderr) as progress:
         found = side_by_side.compare(args.folders, args.threads, args.record, progress)
     print_json(found) if args.json else print(side_by_side.text(found))
-    lines = differing(found["integers"])
+    lines = side_by_side.faults(found)
     for line in lines:
         print(line, file=sys.stderr)
     return ParityFailed.exit_code if lines else 0

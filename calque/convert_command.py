@@ -217,11 +217,10 @@ def _convert_all(cells: Mapping[str, Recipe], parent: Path, args: argparse.Names
 def _side_by_side(done: Sequence[Outcome], parent: Path, threads: int) -> tuple[list[dict[str, Any]], int]:
     """Return what was found of artifacts of one model for several targets, which their reports hold now, and the exit code of that."""
     from calque import side_by_side
-    from calque.validation.across import differing
 
     artifacts = [Artifact.read(parent / outcome.folder) for outcome in done if outcome.status != "failed" and outcome.folder]
     found = [side_by_side.compare(folders, threads, record=True) for folders in side_by_side.groups(artifacts)]
-    lines = [line for beside in found for line in differing(beside["integers"])]
+    lines = [line for beside in found for line in side_by_side.faults(beside)]
     for line in lines:
         print(line, file=sys.stderr)
     return found, ParityFailed.exit_code if lines else 0

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from calque import conversion, passes, targets, tasks
+from calque.choices import QUANTIZED
 from calque.errors import RecipeError, Unsupported, UsageError
 from calque.recipe import Recipe
 from calque.recipe_errors import Problem
@@ -50,11 +51,19 @@ def _options(recipe: Recipe, target: str) -> Iterator[Problem]:
 
 
 def _options_of_passes(recipe: Recipe, target: str) -> Iterator[Problem]:
-    """Yield what is wrong with the options of each pass; where it differs by precision, the recipe's own counts."""
+    """Yield what is wrong with the options of each pass; where it differs by precision, one of those asked for counts that quantizes."""
     made = targets.make(target, recipe.options)
-    if recipe.precision not in made.precisions:
+    axis = recipe.matrix.precision if recipe.matrix else None
+    asked = sorted((name for name in axis or (recipe.precision,) if name in made.precisions), key=lambda name: name not in QUANTIZED)
+    if not asked:
         return
-    plan, dotted = made.passes(recipe.precision), [key for key in recipe.options if "." in key]
+    try:
+        plan = made.passes(asked[0])
+    except UsageError:
+        if axis:
+            return  # the cell of that precision says so by itself
+        raise
+    dotted = [key for key in recipe.options if "." in key]
     for name in dict.fromkeys(key.partition(".")[0] for key in dotted):
         keys = [key for key in dotted if key.partition(".")[0] == name]
         try:

@@ -34,7 +34,8 @@ def compare(
     """
     artifacts = _named([Artifact.read(Path(folder)) for folder in folders])
     announce("integers")
-    integers = across.integers_apart({name: _integers(artifact) for name, artifact in artifacts.items()})
+    quantized = {name: artifact for name, artifact in artifacts.items() if artifact.passes.get("quantize_weights")}
+    integers = across.integers_apart({name: _integers(artifact) for name, artifact in quantized.items()})
     shared = across.shared_scenarios({name: read_references(artifact.folder) for name, artifact in artifacts.items()})
     if not shared:
         raise UsageError("the artifacts were proved by no scenario in common", fix="convert them with the same scenarios and max_length")
@@ -73,6 +74,8 @@ def _named(artifacts: Sequence[Artifact]) -> dict[str, Artifact]:
     sources = {str(artifact.source.get("sha256")): f"{artifact.folder}  {artifact.source.get('id')}" for artifact in artifacts}
     if len(sources) > 1:
         raise UsageError("the artifacts are of several models", list(sources.values()), "name artifacts of one model")
+    if len({artifact.folder.resolve() for artifact in artifacts}) < len(artifacts):
+        raise UsageError("an artifact is named twice", fix="name each once")
     names = [f"{artifact.target} {artifact.precision}" for artifact in artifacts]
     if len(set(names)) < len(names):
         names = [str(artifact.folder) for artifact in artifacts]
@@ -81,9 +84,7 @@ def _named(artifacts: Sequence[Artifact]) -> dict[str, Artifact]:
 
 def _integers(artifact: Artifact) -> across.Matrices:
     target = targets.make(artifact.target, artifact.recipe.get("options", {}))
-    if not artifact.passes.get("quantize_weights") or not isinstance(target, targets.HoldsIntegers):
-        return {}
-    return target.integers(artifact)
+    return target.integers(artifact) if isinstance(target, targets.HoldsIntegers) else {}
 
 
 def groups(artifacts: Sequence[Artifact]) -> list[list[Path]]:
@@ -99,7 +100,7 @@ def text(found: Mapping[str, Any]) -> str:
     parts = []
     if found["integers"]:
         rows = [
-            (row["artifact"], row["matrices"], row["rows"], row["rows_apart"] or "none", f"{row['scales']} ({row['scale_dtype']})")
+            (row["artifact"], row["matrices"], row["rows"], row["rows_apart"] or "none", row["scales"] + _dtype(row))
             for row in found["integers"]
         ]
         parts.append(table(("integers of", "matrices", "rows", "rows apart", "scales"), rows))
@@ -112,6 +113,15 @@ def text(found: Mapping[str, Any]) -> str:
         head = "artifact" if rounded else EXACT
         parts.append(table((head, "beside", "positions", "worst |Δ|/σ", "top-1"), rows))
     return "\n\n".join(parts)
+
+
+def _dtype(row: Mapping[str, Any]) -> str:
+    return f" ({row['scale_dtype']})" if row["scale_dtype"] else ""
+
+
+def faults(found: Mapping[str, Any]) -> list[str]:
+    """Return a line for all that must not be: integers that are not the same, answers that are no numbers."""
+    return [*across.differing(found["integers"]), *across.not_finite(found["answers"])]
 
 
 def _sigma(row: Mapping[str, Any]) -> str:

@@ -113,7 +113,9 @@ class MilProgram:
             raise UsageError(f"{self.package} needs an input {name}", [f"{one} {kind.shape}" for one, kind in self.types.items()])
         value = np.asarray(inputs[name])
         if problem := _misfit(value, kind, self.features.get(name, Feature())):
-            raise UsageError(f"input {name} of {self.package} {problem}", fix=f"it takes {kind.element} {kind.shape}")
+            bounds = self.features.get(name, Feature()).bounds
+            takes = [f"{low} to {high or 'any'}" if low != high else str(low) for low, high in bounds] or kind.shape
+            raise UsageError(f"input {name} of {self.package} {problem}", fix=f"it takes {kind.element} [{', '.join(map(str, takes))}]")
         return value.astype(kind.dtype, copy=False)
 
 

@@ -16,6 +16,7 @@ import platform
 import re
 import shlex
 import shutil
+import subprocess
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -48,6 +49,8 @@ BASELINES: dict[str, tuple[str, int]] = {"x86_64": ("x86-64-v3", 256), "AMD64": 
 
 # A compiler that says no place: Inductor writes what it compiles to folders whose names are drawn.
 SCRIPT = """#!/bin/sh
+TMPDIR={scratch}
+export TMPDIR
 more=
 for each in "$@"; do
   case "$each" in
@@ -99,6 +102,10 @@ def find_compiler() -> str:
     found = shutil.which(name)
     if found is None:
         raise TargetUnavailable(f"AOTInductor compiles C++, and there is no compiler {name!r} here", fix=INSTALL)
+    told = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+    if told.returncode:
+        said = [line for line in told.stderr.splitlines() if line.strip()][:3]
+        raise TargetUnavailable(f"{name!r} is no C++ compiler that works: `{name} --version` ends with {told.returncode}", said, INSTALL)
     return found
 
 
@@ -144,7 +151,7 @@ def _workshop(scratch: Path) -> Iterator[Path]:
         # Inductor tells gcc from clang by its name.
         script = Path(folder) / Path(real).name
         linked = "" if platform.system() == "Darwin" else " -Wl,--build-id=none -Wl,-s"
-        script.write_text(SCRIPT.format(linked=linked, real=shlex.quote(real), flags=shlex.join(flags)))
+        script.write_text(SCRIPT.format(scratch=shlex.quote(folder), linked=linked, real=shlex.quote(real), flags=shlex.join(flags)))
         script.chmod(0o755)
         yield script
 

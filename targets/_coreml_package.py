@@ -24,7 +24,7 @@ from uuid import NAMESPACE_URL, uuid5
 
 import numpy as np
 
-from calque.errors import Unsupported
+from calque.errors import Unsupported, WontFit
 from calque.runtime.mil_file import MilFile, Named, Stored
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def write(made: Any, package: Path, integers: dict[str, str]) -> None:
 
     data = package / DATA
     (data / "weights").mkdir(parents=True)
-    with quiet():
+    with quiet(), _told_of_disk(package):
         model = load(made, str(data / "weights"), specification_version=9, convert_to="mlprogram", convert_from="milinternal")
     for description in (model.description, *model.description.functions):
         _bound_all(description.input)
@@ -108,6 +108,18 @@ def write(made: Any, package: Path, integers: dict[str, str]) -> None:
         model.description.metadata.userDefined[INTEGERS] = json.dumps(integers, sort_keys=True)
     (data / "model.mlmodel").write_bytes(model.SerializeToString(deterministic=True))
     (package / "Manifest.json").write_text(json.dumps(_manifest(package.name), indent=4) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _told_of_disk(package: Path) -> Iterator[None]:
+    """Give it as WontFit that a file cannot grow, of which coremltools says no more than that something is unknown."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "writing data to the file" not in str(error):
+            raise
+        fix = "free some space, or lift the limit of file sizes (ulimit -f)"
+        raise WontFit(f"{package.name} cannot be written: {error}", fix=fix) from error
 
 
 def _bound_all(inputs: Any) -> None:

@@ -54,7 +54,8 @@ def save(written: Writer, model: TracedModel, path: Path) -> None:
     """
     made = module(written, model)
     with quiet(), packing():
-        made.save(str(path), _extra_files={METADATA: described(written, model)})
+        # Not by torch itself, which ends the process where a file cannot grow.
+        path.write_bytes(made.save_to_buffer(_extra_files={METADATA: described(written, model)}))
     require_once(path, written, model)
 
 
@@ -71,7 +72,7 @@ def save_lite(written: Writer, model: TracedModel, path: Path, bytecode: int) ->
     made = module(written, model)
     newest = path.with_name(path.name + ".newest")
     with quiet(), packing():
-        made._save_for_lite_interpreter(str(newest), _extra_files={METADATA: described(written, model)})
+        newest.write_bytes(made._save_to_buffer_for_lite_interpreter(_extra_files={METADATA: described(written, model)}))
         if _get_model_bytecode_version(str(newest)) == bytecode:
             newest.rename(path)
         else:

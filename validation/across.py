@@ -67,6 +67,10 @@ class Integers:
         return apart, "same in float16" if _one_in_other(self.narrow, other.narrow) else "different"
 
 
+# What is said of the scales of an artifact whose file does not give its integers back.
+UNREAD = "not read"
+
+
 def _one_in_other(one: frozenset[bytes], other: frozenset[bytes]) -> bool:
     return one <= other or other <= one
 
@@ -83,11 +87,12 @@ def _digest(values: NDArray[np.generic]) -> bytes:
 
 
 def integers_apart(held: Mapping[str, Matrices]) -> list[dict[str, Any]]:
-    """Return a row for each artifact that holds integers, held against the first: matrices, rows, rows apart, scales."""
-    found = {name: Integers.of(matrices) for name, matrices in held.items() if matrices}
+    """Return a row for each artifact, held against the first whose integers are known: matrices, rows, rows apart, scales."""
+    found = {name: Integers.of(matrices) for name, matrices in held.items()}
+    first = next((integers for integers in found.values() if integers.matrices), None)
     table: list[dict[str, Any]] = []
     for name, integers in found.items():
-        apart, scales = integers.held_against(next(iter(found.values())))
+        apart, scales = integers.held_against(first) if integers.matrices and first else (0, UNREAD)
         counted = {"matrices": integers.matrices, "rows": len(integers.rows), "scale_dtype": integers.dtype}
         table.append({"artifact": name, **counted, "rows_apart": apart, "scales": scales})
     return table
@@ -148,9 +153,15 @@ def sigmas_of(shared: Mapping[str, tuple[Scenario, Mapping[str, Reference]]]) ->
     }
 
 
+def not_finite(answers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each two artifacts between which a difference is no number."""
+    pairs = dict.fromkeys(tuple(row["artifacts"]) for row in answers if row["positions"] and row["worst_sigma"] is None)
+    return [f"{one} and {other}: an answer is not finite" for one, other in pairs]
+
+
 def differing(table: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a line for each artifact whose integers are not those of the first."""
-    first = table[0]["artifact"] if table else ""
+    first = next((row["artifact"] for row in table if row["rows"]), "")
     return [
         f"{row['artifact']}: {row['rows_apart']} of {row['rows']} rows are not those of {first}, scales are {row['scales']}"
         for row in table

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 import calque
-from calque import cli
+from calque import cli, recipe_names
+from calque.errors import UsageError
+from calque.recipe import Recipe
 from tests.tiny_models import TINY, save_random
 
 pytestmark = pytest.mark.usefixtures("shared_traces")  # tracing is not what is tested here
@@ -120,3 +122,11 @@ def test_an_interrupt_stops_all_cells_and_what_is_done_stays(tmp_path: Path, sen
     assert err.endswith("1 of 3 conversions had ended; --resume goes on from there\ninterrupted\n")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["done-onnxruntime-fp32", "matrix.json"]
     assert [cell["status"] for cell in json.loads((tmp_path / "out" / "matrix.json").read_text())["cells"]] == ["passed"]
+
+
+def test_options_are_those_of_the_cells_and_not_of_the_default_precision() -> None:
+    matrix = {"model": "builtin:quill", "matrix": {"target": ["coreml"], "precision": ["fp16", "int8"]}, "options": {"cache": "stateful"}}
+    cells = Recipe.of(matrix, names=recipe_names.problems).expand()
+    assert [cell.options for cell in cells.values()] == [{"cache": "stateful"}] * 2
+    with pytest.raises(UsageError, match="float16"):
+        Recipe.of({"model": "builtin:quill", "target": "coreml", "options": {"cache": "stateful", "a.b": 1}}, names=recipe_names.problems)

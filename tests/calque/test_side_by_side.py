@@ -71,6 +71,8 @@ def _copy_with_one_integer_changed(folder: Path, copy: Path) -> Path:
 def test_what_has_nothing_in_common_is_refused(pair: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing beside it"):
         compare(pair[:1])
+    with pytest.raises(UsageError, match="named twice"):
+        compare([*pair, pair[0]])
     manifest = json.loads((pair[0] / "manifest.json").read_text())
     manifest["source"]["sha256"] = "another"
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))

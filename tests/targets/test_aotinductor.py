@@ -206,6 +206,12 @@ def exported(dynamic: bool) -> Any:
     return torch.export.export(Twice(), (torch.zeros(3, 1200),), dynamic_shapes=shapes)
 
 
+def test_a_compiler_that_does_not_work_is_told_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/bin/false")
+    with pytest.raises(TargetUnavailable, match="compiler that works"):
+        AOTInductor().require(None)
+
+
 def test_what_the_compiler_refuses_is_told_with_its_last_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = tmp_path / "g++"
     script.write_text('#!/bin/sh\ncase "$*" in *model.*cpp*) echo "error: it is too hot" >&2; exit 1;; esac\nexec g++ "$@"\n')

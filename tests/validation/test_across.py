@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from calque.validation.across import apart, differing, integers_apart
+from calque.validation.across import apart, differing, integers_apart, not_finite
 
 GENERATOR = np.random.default_rng(3)
 Q = GENERATOR.integers(-8, 8, (12, 64)).astype(np.int8)
@@ -32,9 +32,9 @@ def held(*parts: tuple[NDArray[np.int8], NDArray[np.generic]]) -> Held:
     ],
 )
 def test_integers_are_the_same_or_it_is_said_how_many_are_not(other: Held, apart_by: int, scales: str) -> None:
-    table = integers_apart({"one": held((Q, SCALE)), "none": {}, "other": other})
-    assert [row["artifact"] for row in table] == ["one", "other"]
-    assert (table[1]["rows_apart"], table[1]["scales"]) == (apart_by, scales)
+    table = integers_apart({"none": {}, "one": held((Q, SCALE)), "other": other})
+    assert [(row["artifact"], row["scales"]) for row in table[:2]] == [("none", "not read"), ("one", "same")]
+    assert (table[2]["rows_apart"], table[2]["scales"]) == (apart_by, scales)
     lines = differing(table)
     assert bool(lines) == (apart_by > 0 or scales == "different")
     assert all("other" in line for line in lines)
@@ -48,3 +48,4 @@ def test_answers_are_compared_where_both_gave_one() -> None:
     nan = {("s", "logits", 0, 1): np.array([np.nan, 5], np.float32)}
     [row] = apart({"one": one, "nan": nan}, {("s", "logits", 0): 2.0})
     assert row["worst_sigma"] is None
+    assert not_finite([row]) == ["one and nan: an answer is not finite"]
