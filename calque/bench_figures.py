@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -124,6 +125,8 @@ def _notes(artifacts: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> li
     if max(rates) > WIDE * min(rates):
         low, high = min(rates) / 1e9, max(rates) / 1e9
         notes.append(f"memory was read at {low:.1f} to {high:.1f} GB/s between the rounds: something else ran, trust the ratios alone")
+    if any(artifact["target"] == "coreml" for artifact in artifacts) and sys.platform != "darwin":
+        notes.append("Core ML's packages ran in an interpreter here, whose times say nothing of a Mac or a phone")
     if any((length.get("bandwidth_share") or 0) > 1 for artifact in artifacts for length in artifact["lengths"]):
         notes.append("a share of bandwidth above 100 %: the weights fit into the processor's caches, or the machine was busier meanwhile")
     return notes
