@@ -15,6 +15,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 from torch.utils import _pytree as pytree
 
 from calque import expert_ops, ops, panel_ops, quantized_ops, slot_ops  # noqa: F401  # register torch.ops.calque
@@ -336,3 +337,6 @@ def refresh(node: Node, mode: FakeTensorMode | None = None) -> None:
     mode = mode or next(value for value in pytree.tree_leaves(arguments) if hasattr(value, "fake_mode")).fake_mode
     with mode, enable_python_dispatcher():  # as while tracing: some shapes are worked out in Python alone
         node.meta["val"] = node.target(*arguments, **keywords)  # type: ignore[operator]
+    # A size that values decide belongs to this node from now on; left pending, whatever traces next would be asked for it.
+    if mode.shape_env is not None and (bindings := compute_unbacked_bindings(mode.shape_env, node.meta["val"])):
+        node.meta["unbacked_bindings"] = bindings

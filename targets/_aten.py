@@ -19,7 +19,9 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.export.graph_signature import InputKind
 
+from calque.artifact import NUM_LOGITS_TO_KEEP
 from calque.ops import decompose_attention
+from calque.targets import Problem
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -70,6 +72,14 @@ def tensors(model: TracedModel) -> dict[str, Tensor]:
     specs = model.program.graph_signature.input_specs
     names = [spec.target for spec in specs if spec.kind != InputKind.USER_INPUT and spec.target is not None]
     return dict(zip(names, model.bind(), strict=True))
+
+
+def lengths_of_values(model: TracedModel) -> list[Problem]:
+    """Return what no program of ATen alone is asked: how many logits a call gives must not depend on the values that it is given."""
+    if all(spec.name != NUM_LOGITS_TO_KEEP for spec in model.inputs):
+        return []
+    why = "a length that a call's values decide is none that the target can have"
+    return [Problem(NUM_LOGITS_TO_KEEP, "", "", why, "leave --logits dynamic out; --logits last gives those of the last position alone")]
 
 
 def dot_product_attention(

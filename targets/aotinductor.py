@@ -102,8 +102,10 @@ class AOTInductor:
         return (DropZeroBias(), CacheDynamic(), *cast)
 
     def problems(self, model: TracedModel) -> list[Problem]:
-        """Return nothing: what Inductor cannot compile it says while it does."""
-        return []
+        """Return lengths that values decide; what else Inductor cannot compile it says while it does."""
+        from calque.targets._aten import lengths_of_values
+
+        return lengths_of_values(model)
 
     def lower(self, model: TracedModel) -> Lowered:
         """Return the program in ATen; its weights are still where the checkpoint has them."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from calque.artifact import ENGINE, NUM_LOGITS_TO_KEEP, Artifact, GraphSpec, rounds_activations
+from calque.artifact import ENGINE, Artifact, GraphSpec, rounds_activations
 from calque.choices import NARROW, QUANTIZED, Requirement
 from calque.errors import TargetUnavailable
 from calque.passes import Pass
@@ -108,12 +108,13 @@ class TensorRT:
     def problems(self, model: TracedModel) -> list[Problem]:
         """Return every node that TensorRT cannot express, or gets wrong without a word."""
         from calque.targets import _to_onnx
+        from calque.targets._aten import lengths_of_values
         from calque.targets._tensorrt_legality import illegal
         from calque.targets._tensorrt_table import TENSORRT
 
         if untranslated := _to_onnx.problems(model, TENSORRT):
             return untranslated
-        return [*_inputs(model), *illegal(_to_onnx.to_onnx(model, TENSORRT))]
+        return [*lengths_of_values(model), *illegal(_to_onnx.to_onnx(model, TENSORRT))]
 
     def lower(self, model: TracedModel) -> ir.Model:
         """Return the ONNX model, with TensorRT's own attention where the passes put it; weights are still where the checkpoint has them."""
@@ -236,14 +237,6 @@ class TensorRT:
         needs = {"onnxruntime": "to prove", "torch": "to convert", "onnx-ir": "to convert", "onnxscript": "to convert"}
         builders = {"tensorrt": "builds and runs engines on a GPU", "tensorrt-rtx": "builds engines without one"}
         return [*package_rows(needs), *optional_rows(builders)]
-
-
-def _inputs(model: TracedModel) -> list[Problem]:
-    """Return what an engine cannot be asked: how many logits a call gives must not depend on the values that it is given."""
-    if all(spec.name != NUM_LOGITS_TO_KEEP for spec in model.inputs):
-        return []
-    why = "a length that a call's values decide is none that an engine can have"
-    return [Problem(NUM_LOGITS_TO_KEEP, "", "", why, "leave --logits dynamic out; --logits last gives those of the last position alone")]
 
 
 def _quantize(precision: str) -> tuple[Pass, ...]:

@@ -53,8 +53,9 @@ class TorchScript:
     def problems(self, model: TracedModel) -> list[Problem]:
         """Return the nodes that have no line of TorchScript."""
         from calque.targets import _torchscript_check
+        from calque.targets._aten import lengths_of_values
 
-        return _torchscript_check.problems(self.lower(model))
+        return lengths_of_values(model) or _torchscript_check.problems(self.lower(model))
 
     def lower(self, model: TracedModel) -> Writer:
         """Return the lines of TorchScript; its weights are still where the checkpoint has them."""

@@ -62,8 +62,9 @@ class TorchScriptLite:
     def problems(self, model: TracedModel) -> list[Problem]:
         """Return the nodes that have no line of TorchScript, and those whose operator the runtime of phones has not."""
         from calque.targets import _torchscript_check
+        from calque.targets._aten import lengths_of_values
 
-        return _torchscript_check.problems(self.lower(model), mobile=True)
+        return lengths_of_values(model) or _torchscript_check.problems(self.lower(model), mobile=True)
 
     def lower(self, model: TracedModel) -> Writer:
         """Return the lines of TorchScript; its weights are still where the checkpoint has them."""

@@ -83,7 +83,7 @@ def test_what_cannot_fit_is_refused_with_the_least_that_would_do() -> None:
 
 def test_proof_runs_by_blocks_only_where_the_whole_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     needs = {"convert": 100, "prove": 10**12, "prove_by_blocks": 10**9}
-    monkeypatch.setattr(preflight, "peak_memory", lambda *_: needs)
+    monkeypatch.setattr(preflight, "peak_memory", lambda *_, **__: needs)
     model = settled()
     least = memory_plan.require_memory(model, 10**9, blocks=True)
     assert least == preflight.smallest_block(model)
@@ -124,7 +124,7 @@ def test_quality_that_memory_has_no_room_for_is_said_to_be_unknown_or_refused_wh
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     predicted = preflight.peak_memory
-    monkeypatch.setattr(preflight, "peak_memory", lambda *given: {**predicted(*given), "prove": 1 << 40})
+    monkeypatch.setattr(preflight, "peak_memory", lambda *given, **named: {**predicted(*given, **named), "prove": 1 << 40})
     asked: dict[str, Any] = {"max_memory": 4 << 30, "options": {"padding": "right"}, "parity": {"scenarios": ["single-prompt"]}}
     made = pipeline.convert(quill(**asked), tmp_path / "out")
     report = json.loads((made.folder / "report.json").read_text(encoding="utf-8"))

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.fx import Interpreter
 
-from calque import passes
+from calque import passes, targets
 from calque.ops import decompose_attention
 from calque.passes.cache_dynamic import CacheDynamic
+from calque.passes.keep_last_logits import KeepLastLogits
 from calque.passes.quantize_weights import QuantizeWeights
 from calque.targets._aten import bind, dot_product_attention, to_aten
 from tests.tiny_models import answers, prompt, traced
@@ -50,3 +51,15 @@ def test_attention_is_that_of_the_reference(mask: bool, causal: bool, extra: str
     softcap, sinks = (2.0 if extra == "softcap" else 0.0), (torch.randn(4, generator=generator) if extra == "sinks" else None)
     arguments = (q, k, v, seen if mask else None, 0.3, softcap, sinks, causal)
     torch.testing.assert_close(dot_product_attention(*arguments), decompose_attention(*arguments))
+
+
+@pytest.mark.parametrize("target", ["torchscript", "torchscript-lite", "aotinductor", "tensorrt"])
+def test_how_many_logits_a_call_gives_is_not_left_to_values(target: str) -> None:
+    model = traced("llama")
+    passes.run((KeepLastLogits("dynamic"), CacheDynamic()), model)
+    problems = targets.make(target, {}).problems(model)
+    assert [(problem.node, "--logits last" in problem.fix) for problem in problems] == [("num_logits_to_keep", True)]
+    # What that left behind belongs to its own graph.
+    other = traced("llama")
+    passes.run((CacheDynamic(),), other)
+    assert to_aten(other).graph.nodes

@@ -89,7 +89,7 @@ def test_an_engine_is_built_of_what_the_gate_proved(name: str, precision: str, s
         assert measured["aliases"] == {state.output: state.input for state in artifact.states}
 
 
-@pytest.mark.parametrize("name", [*SAVE, QUILL])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in (*SAVE, QUILL)])
 def test_an_engine_is_built_in_each_precision(name: str, sources: dict[str, str], tmp_path: Path) -> None:
     """Traced once for all of them, and not through the gate."""
     traced = Conversion(recipe(sources[name]), TensorRT(), resolve(recipe(sources[name]), tmp_path)).trace()
