@@ -187,17 +187,30 @@ CALQUE_AVX2 inline void four_inputs(__m256i w, int minus, const float* x, int64_
   }
 }
 
+// total + sums, which are of few: of a whole row float32 would lose digits that a proof asks for.
+CALQUE_AVX2 inline void widen(__m256 sums, __m256d* total) {
+  total[0] = _mm256_add_pd(total[0], _mm256_cvtps_pd(_mm256_castps256_ps128(sums)));
+  total[1] = _mm256_add_pd(total[1], _mm256_cvtps_pd(_mm256_extractf128_ps(sums, 1)));
+}
+CALQUE_AVX2 inline __m256 narrowed(const __m256d* total) {
+  return _mm256_set_m128(_mm256_cvtpd_ps(total[1]), _mm256_cvtpd_ps(total[0]));
+}
+
 template <int R, int BITS>
 CALQUE_AVX2 void exact_rows(const Product& p, int64_t panel, int64_t row) {
   const uint8_t* q = p.q + panel * p.panel_bytes();
   const __m256i low = _mm256_set1_epi8(15);
-  __m256 acc[R];
-  for (int r = 0; r < R; ++r) acc[r] = _mm256_setzero_ps();
+  __m256d acc[R][2];
+  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_pd();
   for (int64_t b = 0; b < p.blocks; ++b) {
     const int64_t at = (panel * p.groups + p.group(b)) * 8;
     const float* x = p.x + row * p.in + b * p.block;
-    __m256 sums[R], alone[R], pieces[R];
-    for (int r = 0; r < R; ++r) sums[r] = alone[r] = pieces[r] = _mm256_setzero_ps();
+    __m256 sums[R], alone[R];
+    __m256d whole[R][2];
+    for (int r = 0; r < R; ++r) {
+      sums[r] = alone[r] = _mm256_setzero_ps();
+      whole[r][0] = whole[r][1] = _mm256_setzero_pd();
+    }
     for (int64_t k = 0; k < p.block; k += 8, q += BITS * 8) {
       const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
       if (BITS == 4) {
@@ -212,24 +225,22 @@ CALQUE_AVX2 void exact_rows(const Product& p, int64_t panel, int64_t row) {
           for (int t = 0; t < 8; ++t) alone[r] = _mm256_add_ps(alone[r], _mm256_set1_ps(x[r * p.in + k + t]));
         }
       }
-      if (k % 64 == 56) {  // sums of few: of a whole row, which a block may be, float32 would lose digits
-        for (int r = 0; r < R; ++r) {
-          pieces[r] = _mm256_add_ps(pieces[r], sums[r]);
-          sums[r] = _mm256_setzero_ps();
-        }
+      for (int r = 0; r < R; ++r) {
+        widen(sums[r], whole[r]);
+        sums[r] = _mm256_setzero_ps();
       }
     }
-    for (int r = 0; r < R; ++r) sums[r] = _mm256_add_ps(sums[r], pieces[r]);
+    for (int r = 0; r < R; ++r) sums[r] = narrowed(whole[r]);
     if (p.zero) {
       const __m128i zeros = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p.zero + at));
       const __m256 zero = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(zeros));
       for (int r = 0; r < R; ++r) sums[r] = _mm256_fnmadd_ps(zero, alone[r], sums[r]);
     }
-    for (int r = 0; r < R; ++r) acc[r] = _mm256_fmadd_ps(sums[r], _mm256_loadu_ps(p.scale + at), acc[r]);
+    for (int r = 0; r < R; ++r) widen(_mm256_mul_ps(sums[r], _mm256_loadu_ps(p.scale + at)), acc[r]);
   }
   for (int r = 0; r < R; ++r) {
     float lanes[8];
-    _mm256_storeu_ps(lanes, acc[r]);
+    _mm256_storeu_ps(lanes, narrowed(acc[r]));
     store(p, panel, row + r, lanes);
   }
 }
