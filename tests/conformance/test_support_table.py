@@ -40,7 +40,7 @@ def recorded(task: str = CAUSAL) -> dict[str, Record]:
     return read(RESULTS)[task]
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("target", sorted(support().OPENINGS))
 def test_a_support_page_is_what_the_records_say(target: str) -> None:
     page = support()
     assert page.page_of(target).read_text(encoding="utf-8") == page.page(target, read(page.results_of(target))), "run docs/support.py"
