@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from calque.patterns import aten
+from calque.quantization import Scheme
 from calque.weights import Derived, Weight, torch_dtype_name
 
 
@@ -158,3 +159,9 @@ def products_behind(stack: list[Node]) -> set[Node]:
             stack += node.all_input_nodes
         seen.add(node)
     return found
+
+
+def block_of(weight: Node) -> int:
+    """Return how many neighbours of a dequantized weight share a scale; where a row has one alone, as many as kernels round together."""
+    arguments: Any = weight.args
+    return Scheme(arguments[3], arguments[5]).block(int(arguments[0].meta["val"].shape[1]))

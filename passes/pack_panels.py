@@ -27,8 +27,7 @@ from torch.fx import Node
 from calque.panel_ops import LANES, QUAD, in_halves, lay_in_panels, lay_scales
 from calque.passes import Rewrites
 from calque.patterns import aten
-from calque.products import reads_rows
-from calque.quantization import Scheme
+from calque.products import block_of, reads_rows
 from calque.traced import call, user_nodes
 from calque.weights import Derived
 
@@ -70,13 +69,7 @@ def _unfit(weight: Node) -> str:
     q: Any = weight.args[0]
     if q.meta["val"].dtype != torch.int8:
         return "it is stored as fp8, which has no operator that takes panels"
-    return f"its rows of {q.meta['val'].shape[1]} are no multiple of {STEP}" if _block(weight) % STEP else ""
-
-
-def _block(weight: Node) -> int:
-    """Return how many neighbours share a scale, those of the weight or, where a row has one, of rounded values."""
-    arguments: Any = weight.args
-    return Scheme(arguments[3], arguments[5]).block(int(arguments[0].meta["val"].shape[1]))
+    return f"its rows of {q.meta['val'].shape[1]} are no multiple of {STEP}" if block_of(weight) % STEP else ""
 
 
 @dataclass
@@ -105,7 +98,7 @@ class _Packing:
                 made = call(graph, calque.panel_lookup.default, given[1], *parts)
             else:
                 bias = given[2] if len(given) > 2 else None
-                made = call(graph, calque.panel_linear.default, given[0], *parts, bias, None, bits, _block(weight), outputs)
+                made = call(graph, calque.panel_linear.default, given[0], *parts, bias, None, bits, block_of(weight), outputs)
         made.meta = {**user.meta, "val": made.meta["val"]}
         user.replace_all_uses_with(made)
         graph.erase_node(user)

@@ -25,8 +25,8 @@ from torch.fx import Node
 from calque.packing import pack, pack_zero_points, zero_point_bytes
 from calque.passes import Rewrites
 from calque.patterns import aten
-from calque.products import reads_rows
-from calque.quantization import SHORTEST_GROUP, Scheme
+from calque.products import block_of, reads_rows
+from calque.quantization import SHORTEST_GROUP
 from calque.traced import call, user_nodes
 from calque.weights import Derived
 
@@ -52,7 +52,7 @@ class PackWeights:
             if node.args[0].meta["val"].dtype != torch.int8:  # type: ignore[union-attr]
                 skipped.append((node.name, "it is stored as fp8, which has no operator that takes packed bytes"))
                 continue
-            if _block(node) < SHORTEST_GROUP:
+            if block_of(node) < SHORTEST_GROUP:
                 skipped.append((node.name, f"its rows divide into no group of {SHORTEST_GROUP} or more"))
                 continue
             for user in list(node.users):
@@ -61,13 +61,6 @@ class PackWeights:
         model.graph.eliminate_dead_code()
         model.drop_unused_parameters()
         return Rewrites(count, tuple(skipped))
-
-
-def _block(weight: Node) -> int:
-    """Return the group that the weight is packed with."""
-    arguments: Any = weight.args
-    size = int(arguments[0].meta["val"].shape[1])
-    return Scheme(arguments[3], arguments[5]).block(size)
 
 
 @dataclass
@@ -85,7 +78,7 @@ class _Packing:
         arguments: Any = weight.args
         q, scale, zero_point, bits, _, group = arguments
         size, looks_up = int(q.meta["val"].shape[1]), user.target is aten.embedding.default
-        block = _block(weight)
+        block = block_of(weight)
         groups = size // block
         packed = self._made(q, "packed", partial(pack, bits=bits, group=block), "uint8", groups, block * bits // 8)
         if not group and groups > 1:

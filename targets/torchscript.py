@@ -11,17 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from calque.artifact import Artifact, GraphSpec, rounds_activations
+from calque.artifact import Artifact, GraphSpec
 from calque.choices import NARROW, QUANTIZED
 from calque.errors import UsageError
 from calque.passes import Pass
-from calque.targets import Emitted, Problem, package_rows
-from calque.tensors import to_array
+from calque.targets import Emitted, Problem
+from calque.targets._torchscript_target import WritesTorchScript
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from calque.session import Session
     from calque.targets._torchscript import Writer
     from calque.traced import TracedModel
@@ -30,7 +27,7 @@ FILE = "model.pt"
 
 
 @dataclass(frozen=True)
-class TorchScript:
+class TorchScript(WritesTorchScript):
     """``activations``: what int8 multiplies: values rounded to 8 bits, all of a call alike (``dynamic``), or float32 as they are."""
 
     activations: Literal["dynamic", "float32"] = "dynamic"
@@ -57,12 +54,6 @@ class TorchScript:
 
         return lengths_of_values(model) or _torchscript_check.problems(self.lower(model))
 
-    def lower(self, model: TracedModel) -> Writer:
-        """Return the lines of TorchScript; its weights are still where the checkpoint has them."""
-        from calque.targets import _torchscript_passes
-
-        return _torchscript_passes.lower(model)
-
     def emit(self, lowered: Writer, model: TracedModel, folder: Path) -> Emitted:
         """Write model.pt; all weights are in memory."""
         from calque.targets._torchscript_file import save
@@ -70,31 +61,11 @@ class TorchScript:
         save(lowered, model, folder / FILE)
         return Emitted({"model": GraphSpec(FILE, model.inputs, model.outputs)}, model.limits)
 
-    def emission_bytes(self, weights: int) -> int:
-        """Return about how much memory writing takes of so many bytes of weights."""
-        return 2 * weights
-
     def open(self, artifact: Artifact, threads: int = 0) -> Session:
         """Return a session of torch on this machine's CPU."""
         from calque.runtime.torchscript_session import TorchScriptSession
 
         return TorchScriptSession(artifact, threads)
-
-    def exact(self, artifact: Artifact, threads: int = 0) -> Session | None:
-        """Return a session over the artifact that rounds no activations; None where it rounds none itself."""
-        from calque.runtime.torchscript_session import ExactSession
-
-        return ExactSession(artifact, threads) if rounds_activations(artifact) else None
-
-    def integers(self, artifact: Artifact) -> dict[str, tuple[NDArray[np.int8], NDArray[np.generic]]]:
-        """Return q int8 [out, in] and scale [out, groups] of every matrix of integers, by the name of its weight."""
-        from calque.targets._torchscript_file import integers
-
-        return {name: (to_array(q), to_array(scale)) for name, (q, scale) in integers(artifact).items()}
-
-    def doctor(self) -> list[tuple[str, str, str]]:
-        """Return the packages that emitting and running take."""
-        return package_rows({"torch": "to convert and to run"})
 
 
 TARGET = TorchScript

@@ -12,16 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from calque.artifact import Artifact, GraphSpec, rounds_activations
+from calque.artifact import Artifact, GraphSpec
 from calque.choices import QUANTIZED
 from calque.errors import UsageError
 from calque.passes import Pass
-from calque.targets import Emitted, Problem, package_rows
-from calque.tensors import to_array
+from calque.targets import Emitted, Problem
+from calque.targets._torchscript_target import WritesTorchScript
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from transformers import PreTrainedConfig
 
     from calque.session import Session
@@ -32,7 +30,7 @@ FILE, PREPACKED = "model.ptl", "model.xnnpack.ptl"
 
 
 @dataclass(frozen=True)
-class TorchScriptLite:
+class TorchScriptLite(WritesTorchScript):
     """``bytecode``: the version that the app's PyTorch Mobile reads; 8 is that of 1.13 to 2.1, and of this torch.
 
     ``prepack``: the Python of an environment whose torch has XNNPACK, 2.12 or older; it makes a second file, with weights laid out
@@ -66,22 +64,12 @@ class TorchScriptLite:
 
         return lengths_of_values(model) or _torchscript_check.problems(self.lower(model), mobile=True)
 
-    def lower(self, model: TracedModel) -> Writer:
-        """Return the lines of TorchScript; its weights are still where the checkpoint has them."""
-        from calque.targets import _torchscript_passes
-
-        return _torchscript_passes.lower(model)
-
     def emit(self, lowered: Writer, model: TracedModel, folder: Path) -> Emitted:
         """Write model.ptl; all weights are in memory."""
         from calque.targets._torchscript_file import save_lite
 
         save_lite(lowered, model, folder / FILE, self.bytecode)
         return Emitted({"model": GraphSpec(FILE, model.inputs, model.outputs)}, model.limits)
-
-    def emission_bytes(self, weights: int) -> int:
-        """Return about how much memory writing takes of so many bytes of weights."""
-        return 2 * weights
 
     def layouts(self, precision: str) -> tuple[str, ...]:
         """Return flat alone."""
@@ -103,22 +91,6 @@ class TorchScriptLite:
         from calque.runtime.torchscript_session import LiteSession
 
         return LiteSession(artifact, threads)
-
-    def exact(self, artifact: Artifact, threads: int = 0) -> Session | None:
-        """Return a session over the artifact that rounds no activations; None where it rounds none itself."""
-        from calque.runtime.torchscript_session import ExactSession
-
-        return ExactSession(artifact, threads) if rounds_activations(artifact) else None
-
-    def integers(self, artifact: Artifact) -> dict[str, tuple[NDArray[np.int8], NDArray[np.generic]]]:
-        """Return q int8 [out, in] and scale [out, groups] of every matrix of integers, by the name of its weight."""
-        from calque.targets._torchscript_file import integers
-
-        return {name: (to_array(q), to_array(scale)) for name, (q, scale) in integers(artifact).items()}
-
-    def doctor(self) -> list[tuple[str, str, str]]:
-        """Return the packages that emitting and running take."""
-        return package_rows({"torch": "to convert and to run"})
 
 
 TARGET = TorchScriptLite
