@@ -33,20 +33,20 @@ def compare(
         TargetUnavailable: the runtime of one is not here.
     """
     artifacts = _named([Artifact.read(Path(folder)) for folder in folders])
+    made = {name: targets.make(artifact.target, artifact.recipe.get("options", {})) for name, artifact in artifacts.items()}
     announce("integers")
     quantized = {name: artifact for name, artifact in artifacts.items() if artifact.passes.get("quantize_weights")}
-    integers = across.integers_apart({name: _integers(artifact) for name, artifact in quantized.items()})
+    integers = across.integers_apart({name: _integers(made[name], artifact) for name, artifact in quantized.items()})
     shared = across.shared_scenarios({name: read_references(artifact.folder) for name, artifact in artifacts.items()})
     if not shared:
         raise UsageError("the artifacts were proved by no scenario in common", fix="convert them with the same scenarios and max_length")
     said: dict[str, Any] = {}
     exact: dict[str, Any] = {}
+    scenarios = [scenario for scenario, _ in shared.values()]
     for name, artifact in artifacts.items():
         announce(name)
-        target = targets.make(artifact.target, artifact.recipe.get("options", {}))
-        scenarios = [scenario for scenario, _ in shared.values()]
-        said[name] = across.answers(target.open(artifact, threads), ModelIO.of(artifact), scenarios)
-        if session := targets.exact(target, artifact, threads):
+        said[name] = across.answers(made[name].open(artifact, threads), ModelIO.of(artifact), scenarios)
+        if session := targets.exact(made[name], artifact, threads):
             exact[name] = across.answers(session, ModelIO.of(artifact, exact=True), scenarios)
     sigmas = across.sigmas_of(shared)
     answers = [{**row, "rounded": True} for row in across.apart(said, sigmas)]
@@ -82,8 +82,7 @@ def _named(artifacts: Sequence[Artifact]) -> dict[str, Artifact]:
     return dict(zip(names, artifacts, strict=True))
 
 
-def _integers(artifact: Artifact) -> across.Matrices:
-    target = targets.make(artifact.target, artifact.recipe.get("options", {}))
+def _integers(target: targets.Target, artifact: Artifact) -> across.Matrices:
     return target.integers(artifact) if isinstance(target, targets.HoldsIntegers) else {}
 
 
