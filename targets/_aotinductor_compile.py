@@ -81,6 +81,8 @@ class Compiler:
             "aot_inductor.custom_ops_to_c_shims": dict(self.shims or {}),
             # A weight of a few numbers is a weight as well, and not part of the code.
             "always_keep_tensor_constants": True,
+            # It computes with the values of weights of one number, which are stand-ins here.
+            "joint_graph_constant_folding": False,
             "cpp.cxx": (None, str(cxx)),
             "cpp.dynamic_threads": True,  # as many as the session is told, not as this machine has
             "compile_threads": 1,

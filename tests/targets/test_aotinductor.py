@@ -231,6 +231,28 @@ def test_a_dimension_that_was_baked_in_is_refused() -> None:
     assert caught.value.where == ("x  ['batch_size', 1200] became ['3', '1200']",)
 
 
+class Scaled(torch.nn.Module):
+    """Like Gemma's embeddings: a weight of one number, in float32, that is rounded before it is used."""
+
+    scale: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(8.0))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (x * self.scale.to(torch.bfloat16),)
+
+
+def test_a_weight_of_one_number_is_read_and_not_part_of_the_code(tmp_path: Path) -> None:
+    program = torch.export.export(Scaled(), (torch.ones(3, dtype=torch.bfloat16),))
+    _aotinductor_compile.compile_package(program, tmp_path / "m.pt2", tmp_path, _aotinductor_compile.Compiler())
+    package: Any = torch._inductor.aoti_load_package(str(tmp_path / "m.pt2"))
+    for scale in (8.0, 3.0):
+        package.load_constants({"scale": torch.tensor(scale)}, check_full_update=False)
+        assert package(torch.ones(3, dtype=torch.bfloat16))[0].tolist() == [scale] * 3
+
+
 @pytest.mark.slow
 def test_weights_that_are_in_the_package_too_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     configs = _aotinductor_compile.Compiler.configs
