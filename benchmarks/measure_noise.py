@@ -8,6 +8,7 @@ compute the same function of the same weights, so all of it is noise:
 - ``mlp``: hidden units of every MLP permuted, so its sums run in another order
 - ``heads``: attention heads permuted, group by group where keys are shared
 - ``cached``: one token at a time over a cache, in place of one forward
+- ``scaled``, of float32: integers multiplied and their sums scaled, against weights that hold integer times scale
 
 Of a narrow dtype all but the reference is computed in it.
 """
@@ -16,17 +17,20 @@ from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from tests.tiny_models import TINY, Tiny, eager_model
+from calque.random_weights import write_random_weights
+from tests.tiny_models import TINY, Tiny, config_of, eager_model
 
-TOKENS = 64
+TOKENS, MANY_TOKENS = 64, 1024
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Double(TorchFunctionMode):
 
 
 def models(seeds: int) -> Iterator[tuple[str, Tiny, int]]:
-    """Yield every model to measure: six types small, four of them deep, one wide."""
+    """Yield every model to measure: six types small, four of them deep, one wide, and one of 30M parameters, whose rows are long."""
     small = [name for name in TINY if name != "phi3"]
     for seed in range(seeds):
         for name in small:
@@ -62,6 +66,24 @@ def models(seeds: int) -> Iterator[tuple[str, Tiny, int]]:
             replace(TINY["llama"], layers=4, hidden=1024, intermediate=2816, heads=16, kv_heads=4, head_dim=64, vocabulary=8192),
             seed,
         )
+        yield (
+            "long",
+            replace(TINY["llama"], layers=8, hidden=512, intermediate=1408, heads=8, kv_heads=8, head_dim=64, vocabulary=8192),
+            seed,
+        )
+
+
+def built(kind: str, tiny: Tiny, seed: int) -> PreTrainedModel:
+    """Return the model; one with long rows has the random weights of ``calque convert --random-weights``, which pass more noise on."""
+    if kind != "long":
+        return eager_model(tiny, seed)
+    config = config_of(tiny)
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        write_random_weights(config, Path(folder), seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    model.train(False)
+    return model
 
 
 def measure_narrow(model: PreTrainedModel, tokens: torch.Tensor, dtype: torch.dtype) -> dict[str, Noise]:
@@ -86,7 +108,7 @@ def measure(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Noise]:
         with Double():
             exact = double(input_ids=tokens, use_cache=False).logits[0]
         found["fp64"] = _noise(want, exact)
-        return found | _reordered(model, tokens, want)
+        return found | _reordered(model, tokens, want) | {"scaled": _scaled(model, tokens)}
 
 
 def _reordered(model: PreTrainedModel, tokens: torch.Tensor, want: torch.Tensor) -> dict[str, Noise]:
@@ -104,6 +126,33 @@ def _cached(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     cache = DynamicCache()
     steps = [model(input_ids=tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits[0] for i in range(tokens.shape[1])]
     return torch.cat(steps)
+
+
+class ScaledSums(torch.nn.Module):
+    """A product of integers, whose sums are scaled: ``[…, in] → […, out] float32``, as artifacts with integer weights compute it."""
+
+    def __init__(self, integers: torch.Tensor, scales: torch.Tensor) -> None:
+        super().__init__()
+        self.integers, self.scales = integers, scales
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product."""
+        product: torch.Tensor = torch.nn.functional.linear(x, self.integers) * self.scales
+        return product
+
+
+def _scaled(model: PreTrainedModel, tokens: torch.Tensor) -> Noise:
+    """Return how far a model whose linear weights are int8 by rows moves when sums are scaled and not weights."""
+    plain, scaled = copy.deepcopy(model), copy.deepcopy(model)
+    linear = [name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)]
+    for name in linear:
+        layer = plain.get_submodule(name)
+        scales = layer.weight.abs().amax(dim=1, keepdim=True) / 127
+        integers = (layer.weight / scales).round()
+        layer.weight = torch.nn.Parameter(integers * scales)  # a tied embedding keeps its own, in both
+        scaled.set_submodule(name, ScaledSums(integers, scales.flatten()))
+    want, got = (each(input_ids=tokens, use_cache=False).logits[0] for each in (plain, scaled))
+    return _noise(want, got)
 
 
 def _noise(want: torch.Tensor, got: torch.Tensor) -> Noise:
@@ -160,17 +209,18 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: dict[tuple[str, str, int], dict[str, Noise]] = {}
     for kind, tiny, seed in models(asked.seeds):
-        tokens = torch.randint(3, tiny.vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(seed))
+        count = MANY_TOKENS if kind == "long" else TOKENS
+        tokens = torch.randint(3, tiny.vocabulary, (1, count), generator=torch.Generator().manual_seed(seed))
         row = rows.setdefault((kind, tiny.model_type, tiny.layers), {})
-        model = eager_model(tiny, seed)
+        model = built(kind, tiny, seed)
         found = measure(model, tokens) if asked.dtype == "float32" else measure_narrow(model, tokens, getattr(torch, asked.dtype))
         for name, noise in found.items():
             known = row.get(name, Noise(0.0, 0.0))
             row[name] = Noise(max(known.worst, noise.worst), max(known.mean, noise.mean))
-    first = "fp64" if asked.dtype == "float32" else "whole"
-    print(f"| size | type | layers | {first} worst (mean) | mlp | heads | cached |\n|---|---|---|---|---|---|---|")
+    kinds = ("fp64", "mlp", "heads", "cached", "scaled") if asked.dtype == "float32" else ("whole", "mlp", "heads", "cached")
+    print(f"| size | type | layers | worst (mean): {' | '.join(kinds)} |\n|{'---|' * (3 + len(kinds))}")
     for (kind, model_type, layers), row in rows.items():
-        cells = " | ".join(f"{row[name].worst:.1e} ({row[name].mean:.0e})" for name in (first, "mlp", "heads", "cached"))
+        cells = " | ".join(f"{row[name].worst:.1e} ({row[name].mean:.0e})" for name in kinds)
         print(f"| {kind} | {model_type} | {layers} | {cells} |")
 
 

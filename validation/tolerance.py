@@ -34,10 +34,11 @@ TOLERANCES = {
     for row in (
         Tolerance(
             "float32",
-            noise_per_layer=5e-6,
+            noise_per_layer=7e-6,
             factor=2.0,
-            reason="eager float32 against float64, sums permuted, cached steps: at most 1.3e-5 on 2–3 layers, 3.5e-5 on 8, 1.2e-4 on 24, "
-            "2.2e-4 on 48 (sharp random models, 64 tokens; docs/tolerance.md); doubled for other lengths, vocabularies and kernels",
+            reason="eager float32 against float64, sums permuted, cached steps, sums of integers scaled: at most 2.3e-5 on 2–3 layers, "
+            "3.5e-5 on 8, 1.4e-4 on 24, 2.9e-4 on 48 (sharp random models, 64 tokens; docs/tolerance.md); doubled for other lengths, "
+            "vocabularies and kernels: 8.7e-5 on 8 layers and 1024 tokens",
         ),
         Tolerance(
             "float16",

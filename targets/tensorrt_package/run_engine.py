@@ -37,7 +37,7 @@ Array = NDArray[Any]
 
 FOLDER = Path(__file__).resolve().parent
 # How far rounding was seen to move an output, in σ, for each layer and the head; FACTOR times that is wrong.
-NOISE_PER_LAYER = {"float32": 5e-6, "float16": 1.4e-2, "bfloat16": 9e-2}
+NOISE_PER_LAYER = {"float32": 7e-6, "float16": 1.4e-2, "bfloat16": 9e-2}
 FACTOR = 2.0
 NARROW = {"fp16": "float16", "bf16": "bfloat16"}
 # How configs call the number of their layers.

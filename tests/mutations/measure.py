@@ -67,7 +67,7 @@ reference's: the head left out, the search or the calibration left out, another 
   alike shifts every score of a query by one number, which softmax takes out again. One element of any *other* parameter of the
   six models, the largest, 1 % off is caught; a test goes through all of them.
 - **Epsilon 1e-5 for 1e-6** in gemma: its embeddings times √hidden have unit variance, so the two differ by 3e-5 to 4e-5 σ,
-  which is at the limit. The tiny gemmas here have epsilon 1e-4, the fault is the usual 1e-6 (3e-4 to 4e-4 σ).
+  which is within the limit. The tiny gemmas here have epsilon 1e-4, the fault is the usual 1e-6 (3e-4 to 4e-4 σ).
 """
 
 
