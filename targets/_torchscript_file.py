@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 from dataclasses import asdict
@@ -30,6 +31,8 @@ METADATA = "calque.json"
 STORAGES = re.compile(r"/(constants|data)/[^/]+$")
 # Scales of packed weights are float64, their zero points int64.
 PACKED_ROW_BYTES = 16
+# What the lines of a node take, and where they come from: 1 kB was measured.
+NODE_BYTES = 2_000
 # What else may be stored: numbers that follow of weights, and a little of everything.
 SPARE, SPARE_BYTES = 1.02, 16_384
 # How long the calls are that a mobile file brings along.
@@ -54,8 +57,8 @@ def save(written: Writer, model: TracedModel, path: Path) -> None:
     """
     made = module(written, model)
     with quiet(), packing():
-        # Not by torch itself, which ends the process where a file cannot grow.
-        path.write_bytes(made.save_to_buffer(_extra_files={METADATA: described(written, model)}))
+        reserve(path, written, model)
+        made.save(str(path), _extra_files={METADATA: described(written, model)})
     require_once(path, written, model)
 
 
@@ -72,7 +75,8 @@ def save_lite(written: Writer, model: TracedModel, path: Path, bytecode: int) ->
     made = module(written, model)
     newest = path.with_name(path.name + ".newest")
     with quiet(), packing():
-        newest.write_bytes(made._save_to_buffer_for_lite_interpreter(_extra_files={METADATA: described(written, model)}))
+        reserve(newest, written, model)
+        made._save_for_lite_interpreter(str(newest), _extra_files={METADATA: described(written, model)})
         if _get_model_bytecode_version(str(newest)) == bytecode:
             newest.rename(path)
         else:
@@ -85,6 +89,26 @@ def save_lite(written: Writer, model: TracedModel, path: Path, bytecode: int) ->
     require_operators(path)
 
 
+def reserve(path: Path, written: Writer, model: TracedModel) -> None:
+    """There is room for the file: torch, which writes it anew, would end the process where it cannot grow.
+
+    By way of a buffer, which cannot fail so, it would take three times the file's size of memory.
+
+    Raises:
+        OSError: there is not.
+    """
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):  # neither on macOS nor on Windows
+            os.posix_fallocate(file.fileno(), 0, tensor_bytes(written, model) + NODE_BYTES * len(written.program.graph.nodes))
+
+
+def tensor_bytes(written: Writer, model: TracedModel) -> int:
+    """Return how many bytes the tensors of a file take, each once."""
+    rows = sum(int(held.parts[1].meta["val"].shape[0]) for held in written.attributes.values() if held.make is packed_weight)
+    constants = sum(model.constant(name).nbytes for name in model.constants().values())
+    return model.weights.nbytes() + constants + PACKED_ROW_BYTES * rows
+
+
 def require_once(path: Path, written: Writer, model: TracedModel) -> None:
     """Leave quietly if the tensors in a file take no more than the weights do.
 
@@ -93,9 +117,7 @@ def require_once(path: Path, written: Writer, model: TracedModel) -> None:
     """
     with zipfile.ZipFile(path) as file:
         stored = sum(entry.file_size for entry in file.infolist() if STORAGES.search(entry.filename))
-    rows = sum(int(held.parts[1].meta["val"].shape[0]) for held in written.attributes.values() if held.make is packed_weight)
-    constants = sum(model.constant(name).nbytes for name in model.constants().values())
-    expected = model.weights.nbytes() + constants + PACKED_ROW_BYTES * rows
+    expected = tensor_bytes(written, model)
     if stored > SPARE * expected + SPARE_BYTES:
         raise Unsupported(
             f"{path.name} holds {size(stored)} of tensors, the weights take {size(expected)}: some of them are in it more than once",

@@ -71,6 +71,10 @@ class TorchScriptLite(WritesTorchScript):
         save_lite(lowered, model, folder / FILE, self.bytecode)
         return Emitted({"model": GraphSpec(FILE, model.inputs, model.outputs)}, model.limits)
 
+    def emission_bytes(self, weights: int) -> int:
+        """Return about how much memory writing takes of so many bytes of weights: torch copies them, and reads the file that it wrote."""
+        return 3 * weights
+
     def layouts(self, precision: str) -> tuple[str, ...]:
         """Return flat alone."""
         return ("flat",)
