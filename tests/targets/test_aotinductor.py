@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -176,6 +177,29 @@ def test_weights_that_are_not_whole_are_refused_before_anything_runs(
     assert caught.value.exit_code == 7
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("input_ids", ONE_LAYER.vocabulary, "input_ids  53, 0 to 52 expected"),
+        ("input_ids", -1, "input_ids  -1, 0 to 52 expected"),
+        ("position_ids", 9, "position_ids  9, 0 to 8 expected"),
+    ],
+)
+def test_what_is_beyond_a_table_is_refused_since_it_would_end_the_process(
+    single: tuple[Artifact, TracedModel], tmp_path: Path, name: str, value: int, line: str
+) -> None:
+    artifact, model = single
+    for file in artifact.folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"vocab_size": ONE_LAYER.vocabulary}}))
+    session = AOTInductorSession(replace(artifact, folder=tmp_path, limits=replace(artifact.limits, max_length=9)), 1)
+    inputs = feed(model, 1, 3, 0)
+    inputs[name][0, -1] = value
+    with pytest.raises(UsageError, match="no such rows") as caught:
+        session(MODEL, inputs)
+    assert caught.value.where == (line,)
+
+
 def test_a_package_for_another_processor_is_refused(single: tuple[Artifact, TracedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     artifact, model = single
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
@@ -337,8 +361,13 @@ def test_the_loader_in_cpp_gives_the_tokens_of_the_session(split: tuple[Artifact
         expected.append(int(decoder(given)[0, -1].argmax()))
         given = np.array([[expected[-1]]])
     shape = [str(len(model.states) // 2), str(state.shape[1]), str(state.shape[3]), str(steps)]
-    run = subprocess.run([tmp_path / "run", artifact.folder, *shape, *map(str, prompt)], check=True, capture_output=True, text=True)
+    asked = [str(artifact.folder), *shape, *map(str, prompt)]
+    run = subprocess.run([tmp_path / "run", *asked], check=True, capture_output=True, text=True)
     assert [int(line) for line in run.stdout.split()] == expected
+    for at, wrong in ((0, "nowhere"), (1, "x"), (1, "7"), (6, "-1")):
+        failed = subprocess.run([tmp_path / "run", *asked[:at], wrong, *asked[at + 1 :]], check=False, capture_output=True, text=True)
+        assert (failed.returncode, failed.stdout) == (1, "")
+        assert failed.stderr.startswith("run: ")
     assert mapped(artifact.folder / WEIGHTS)
 
 

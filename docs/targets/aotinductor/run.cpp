@@ -4,6 +4,7 @@
 //
 // FOLDER holds model.pt2, or prefill.pt2 and decode.pt2, and model.safetensors. Inputs are in the manifest's order: input_ids,
 // attention_mask, position_ids (where the model has them), then key and value of each layer. Weights are mapped, and both packages read them.
+// A token beyond the vocabulary ends the process: the package sees it in a thread of OpenMP, which cannot throw. Check what comes from outside.
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/torch.h>
 
@@ -102,21 +103,13 @@ std::unique_ptr<Loader> opened(const fs::path& package, const Weights& all) {
   return loader;
 }
 
-int main(int count, char** given) {
-  if (count < 7) {
-    std::cerr << "usage: run FOLDER LAYERS KV_HEADS HEAD_DIM STEPS ID [ID …]\n";
-    return 2;
-  }
+void generate(const fs::path& folder, int64_t layers, int64_t heads, int64_t size, int64_t steps, std::vector<int64_t> ids) {
   c10::InferenceMode inference;
-  const fs::path folder = given[1];
-  const int64_t layers = std::atoll(given[2]), heads = std::atoll(given[3]), size = std::atoll(given[4]), steps = std::atoll(given[5]);
   const Weights weights = mapped(folder / "model.safetensors");
   const bool split = fs::exists(folder / "decode.pt2");
   auto prefill = opened(folder / (split ? "prefill.pt2" : "model.pt2"), weights);
   auto decode = split ? opened(folder / "decode.pt2", weights) : nullptr;
 
-  std::vector<int64_t> ids;
-  for (int at = 6; at < count; ++at) ids.push_back(std::atoll(given[at]));
   std::vector<at::Tensor> states(2 * layers, torch::zeros({1, heads, 0, size}));
   int64_t past = 0;
   for (int64_t step = 0; step < steps; ++step) {
@@ -130,6 +123,28 @@ int main(int count, char** given) {
     past += fresh;
     ids = {token};
     std::cout << token << "\n";
+  }
+}
+
+int64_t number(const char* text, int64_t least) {
+  char* end;
+  const int64_t value = std::strtoll(text, &end, 10);
+  if (end == text || *end || value < least) throw std::invalid_argument(std::string("'") + text + "' is no number from " + std::to_string(least));
+  return value;
+}
+
+int main(int count, char** given) {
+  if (count < 7) {
+    std::cerr << "usage: run FOLDER LAYERS KV_HEADS HEAD_DIM STEPS ID [ID …]\n";
+    return 2;
+  }
+  try {
+    std::vector<int64_t> numbers;
+    for (int at = 2; at < count; ++at) numbers.push_back(number(given[at], at < 6 ? 1 : 0));
+    generate(given[1], numbers[0], numbers[1], numbers[2], numbers[3], {numbers.begin() + 4, numbers.end()});
+  } catch (const std::exception& error) {
+    std::cerr << "run: " << error.what() << "\n";
+    return 1;
   }
   return 0;
 }
