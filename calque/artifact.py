@@ -19,6 +19,8 @@ MANIFEST = "manifest.json"
 REPORT = "report.json"
 # What a builder makes of the artifact. It belongs to a device, and the artifact's own script makes it anew there: no manifest lists it.
 ENGINE = "model.plan"
+# Weights that several graphs share, where they are in no file of a graph.
+SHARED_WEIGHTS = "model.safetensors"
 
 # The optional input that says how many last positions get logits; 0 means all.
 NUM_LOGITS_TO_KEEP = "num_logits_to_keep"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calque import passes, preflight, texts
-from calque.artifact import Artifact, Check, Proof
+from calque.artifact import SHARED_WEIGHTS, Artifact, Check, Proof
 from calque.choices import QUANTIZED
 from calque.console import size
 from calque.errors import ParityFailed, TargetUnavailable, Unsupported, WontFit
@@ -285,5 +285,6 @@ class QualityGate:
 def model_bytes(artifact: Artifact) -> int:
     """Return the bytes of the files that hold graphs and weights: companions and the proof's references apart."""
     names = [path.relative_to(artifact.folder).as_posix() for path in artifact.folder.rglob("*") if path.is_file()]
-    graphs = {graph.file for graph in artifact.graphs.values()}
-    return sum((artifact.folder / name).stat().st_size for name in names if any(name.startswith(graph) for graph in graphs))
+    # What begins with a graph's name is its data, or a part of its package.
+    model = (*(graph.file for graph in artifact.graphs.values()), SHARED_WEIGHTS)
+    return sum((artifact.folder / name).stat().st_size for name in names if name.startswith(model))

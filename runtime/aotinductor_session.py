@@ -12,6 +12,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calque.artifact import SHARED_WEIGHTS
 from calque.errors import ArtifactUnreadable, TargetUnavailable, UsageError
 from calque.runtime.artifact_session import REDO
 from calque.runtime.cuda_graphs import CudaGraphs
@@ -24,9 +25,8 @@ if TYPE_CHECKING:
     from calque.runtime.artifact_session import Arrays
     from calque.runtime.torch_session import Run
 
-# The one model in a package, and the file of its weights.
+# The one model in a package.
 MODEL = "model"
-WEIGHTS = "model.safetensors"
 # A weight that is a switch, int8 [1]: whether products with integers round what they read to 8 bits.
 ROUNDS = "calque.rounds"
 
@@ -110,7 +110,7 @@ class AOTInductorSession(TorchSession):
         loader = package(str(path), MODEL, False, 1, -1)
         names = loader.get_constant_fqns()
         if missing := sorted(set(names) - set(weights)):
-            raise ArtifactUnreadable(f"{WEIGHTS} lacks weights of {path.name}", missing, REDO)
+            raise ArtifactUnreadable(f"{SHARED_WEIGHTS} lacks weights of {path.name}", missing, REDO)
         loader.load_constants({name: weights[name] for name in names}, False, True, True)
         run: Run = loader.run
         return CudaGraphs(run) if self._cuda else run
@@ -122,7 +122,7 @@ class AOTInductorSession(TorchSession):
             ArtifactUnreadable: the file is missing or cut short.
         """
         if not self._weights:
-            self._weights = mapped(self.artifact.folder / WEIGHTS)
+            self._weights = mapped(self.artifact.folder / SHARED_WEIGHTS)
             if self._exact and ROUNDS in self._weights:
                 self._weights[ROUNDS] = self._weights[ROUNDS] & 0
             if self._cuda:

@@ -17,11 +17,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from calque.artifact import DECODE, PREFILL, Artifact, GraphSpec, rounds_activations
+from calque.artifact import DECODE, PREFILL, SHARED_WEIGHTS, Artifact, GraphSpec, rounds_activations
 from calque.choices import NARROW, QUANTIZED, Requirement
 from calque.errors import TargetUnavailable, UsageError
 from calque.passes import Pass
-from calque.runtime.aotinductor_session import MODEL, WEIGHTS
+from calque.runtime.aotinductor_session import MODEL
 from calque.targets import Emitted, Problem, package_rows
 from calque.tensors import to_array
 
@@ -138,12 +138,12 @@ class AOTInductor:
 
         for program, spec in lowered.graphs.values():
             _aotinductor_graphs.require_dynamic(program, spec.inputs, spec.file)
-        _aotinductor_weights.write(folder / WEIGHTS, lowered.model, lowered.weights)
+        _aotinductor_weights.write(folder / SHARED_WEIGHTS, lowered.model, lowered.weights)
         compiler = _aotinductor_compile.Compiler(self.march, shims=_aotinductor_products.shims())
         with TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
             for program, spec in lowered.graphs.values():
                 _aotinductor_compile.compile_package(program, folder / spec.file, Path(scratch), compiler)
-                _aotinductor_compile.require_bare(folder / spec.file, program, folder / WEIGHTS)
+                _aotinductor_compile.require_bare(folder / spec.file, program, folder / SHARED_WEIGHTS)
         return Emitted({name: spec for name, (_, spec) in lowered.graphs.items()}, model.limits)
 
     def open(self, artifact: Artifact, threads: int = 0) -> Session:
@@ -162,7 +162,7 @@ class AOTInductor:
         """Return q int8 [out, in] and scale [out, groups] of every matrix of integers, by the name of its weight."""
         from calque.targets._aotinductor_weights import integers
 
-        return {name: (to_array(q), to_array(scale)) for name, (q, scale) in integers(artifact.folder / WEIGHTS).items()}
+        return {name: (to_array(q), to_array(scale)) for name, (q, scale) in integers(artifact.folder / SHARED_WEIGHTS).items()}
 
     def doctor(self) -> list[tuple[str, str, str]]:
         """Return what compiling and running takes."""

@@ -18,12 +18,13 @@ import torch
 
 import calque
 from calque import passes, pipeline
-from calque.artifact import DECODE, PREFILL, Artifact, TensorSpec, file_sha256
+from calque.artifact import DECODE, PREFILL, SHARED_WEIGHTS, Artifact, TensorSpec, file_sha256
 from calque.choices import Precision
 from calque.errors import ArtifactUnreadable, ParityFailed, TargetUnavailable, Unsupported, UsageError
 from calque.passes.pack_panels import PackPanels
+from calque.quality_gate import model_bytes
 from calque.recipe import Recipe
-from calque.runtime.aotinductor_session import MODEL, WEIGHTS, AOTInductorSession, mapped
+from calque.runtime.aotinductor_session import MODEL, AOTInductorSession, mapped
 from calque.runtime.decoder import Decoder
 from calque.targets import _aotinductor_compile, _aotinductor_graphs
 from calque.targets._aotinductor_weights import integers
@@ -96,8 +97,10 @@ def test_both_packages_read_one_file_that_is_mapped_once(split: tuple[Artifact, 
     starts = {tensor.untyped_storage().data_ptr() for tensor in weights.values()}
     assert len(starts) == 1
     maps = Path("/proc/self/maps").read_text().splitlines()
-    assert sum(str(artifact.folder / WEIGHTS) in line for line in maps) >= 1
-    assert sorted(path.name for path in artifact.folder.iterdir()) == ["decode.pt2", WEIGHTS, "prefill.pt2"]
+    assert sum(str(artifact.folder / SHARED_WEIGHTS) in line for line in maps) >= 1
+    files = sorted(artifact.folder.iterdir())
+    assert [path.name for path in files] == ["decode.pt2", SHARED_WEIGHTS, "prefill.pt2"]
+    assert model_bytes(artifact) == sum(path.stat().st_size for path in files)
 
 
 def test_a_package_has_code_alone_and_no_place_of_this_machine(single: tuple[Artifact, TracedModel]) -> None:
@@ -161,7 +164,7 @@ def test_weights_that_are_not_whole_are_refused_before_anything_runs(
     artifact, model = single
     for path in artifact.folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    file = tmp_path / WEIGHTS
+    file = tmp_path / SHARED_WEIGHTS
     data = file.read_bytes()
     if damage == "gone":
         file.unlink()
@@ -282,7 +285,7 @@ def test_weights_that_are_in_the_package_too_are_refused(monkeypatch: pytest.Mon
     configs = _aotinductor_compile.Compiler.configs
     inside = {"aot_inductor.package_constants_in_so": True}
     monkeypatch.setattr(_aotinductor_compile.Compiler, "configs", lambda self, cxx: configs(self, cxx) | inside)
-    package, weights = tmp_path / "m.pt2", tmp_path / WEIGHTS
+    package, weights = tmp_path / "m.pt2", tmp_path / SHARED_WEIGHTS
     weights.write_bytes(bytes(4 * 1500 * 1200))
     program = exported(True)
     _aotinductor_compile.compile_package(program, package, tmp_path, _aotinductor_compile.Compiler())
@@ -324,7 +327,7 @@ def test_two_conversions_give_the_same_bytes_and_leave_nothing(tmp_path: Path) -
         emitted(folder, ONE_LAYER, "int8")
         digests.append({path.name: file_sha256(path) for path in folder.iterdir()})
     assert digests[0] == digests[1]
-    assert set(digests[0]) == {"model.pt2", WEIGHTS}
+    assert set(digests[0]) == {"model.pt2", SHARED_WEIGHTS}
 
 
 @pytest.mark.slow
@@ -368,7 +371,7 @@ def test_the_loader_in_cpp_gives_the_tokens_of_the_session(split: tuple[Artifact
         failed = subprocess.run([tmp_path / "run", *asked[:at], wrong, *asked[at + 1 :]], check=False, capture_output=True, text=True)
         assert (failed.returncode, failed.stdout) == (1, "")
         assert failed.stderr.startswith("run: ")
-    assert mapped(artifact.folder / WEIGHTS)
+    assert mapped(artifact.folder / SHARED_WEIGHTS)
 
 
 def test_a_gpu_that_is_not_here_is_said_before_any_work(tmp_path: Path) -> None:
