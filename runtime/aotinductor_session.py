@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,14 @@ TABLES = {"input_ids": "vocab_size", "token_type_ids": "type_vocab_size"}
 
 # What x86 processors have of vectors, each as well as those before it.
 WIDTHS = ("", "AVX2", "AVX512")
+# Where Linux says what else a processor has, and what of that a compiler makes use of where it compiles for this very one.
+PROCESSOR = Path("/proc/cpuinfo")
+EXTENSION = re.compile(r"(s?sse|avx|amx|bmi|fma|sha|asimd|sve|i8mm|bf16)\w*|v?aes|v?pclmulqdq|gfni|f16c|movbe|popcnt|abm|adx")
+# What a package of this very machine says of it in its metadata.
+EXTENSIONS = "calque.extensions"
 # safetensors' dtype names, and torch's.
 DTYPES = {
+    "F64": "float64",
     "F32": "float32",
     "BF16": "bfloat16",
     "F16": "float16",
@@ -142,11 +149,19 @@ def _require_processor(metadata: dict[str, str], path: Path) -> None:
     here = torch.backends.cpu.get_cpu_capability()
     wanted = vectors[0] if vectors else ""
     older = wanted in WIDTHS and here not in WIDTHS[WIDTHS.index(wanted) :]
+    fix = "convert the model on a machine of this kind, or without march: native"
     if older or machine not in ("", platform.machine()):
-        raise TargetUnavailable(
-            f"{path.name} was compiled for {machine} with {wanted or 'no vectors'}, this is {platform.machine()} with {here}",
-            fix="convert the model on a machine of this kind, or without march: native",
-        )
+        what = f"{path.name} was compiled for {machine} with {wanted or 'no vectors'}, this is {platform.machine()} with {here}"
+        raise TargetUnavailable(what, fix=fix)
+    if lacking := sorted(set(metadata.get(EXTENSIONS, "").split()).difference(found)) if (found := extensions()) else []:
+        raise TargetUnavailable(f"{path.name} was compiled for a processor that has more than this one", lacking, fix)
+
+
+def extensions() -> list[str]:
+    """Return what this processor has that a compiler makes use of, by Linux's names; empty where nothing says it."""
+    lines = PROCESSOR.read_text(encoding="utf-8").splitlines() if PROCESSOR.is_file() else []
+    words = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return sorted(word for word in words if EXTENSION.fullmatch(word))
 
 
 def mapped(path: Path) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ import torch
 from torch.export.graph_signature import InputKind, InputSpec
 
 from calque.errors import TargetUnavailable, Unsupported
-from calque.runtime.aotinductor_session import MODEL
+from calque.runtime.aotinductor_session import EXTENSIONS, MODEL, extensions
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -91,6 +91,9 @@ class Compiler:
         if self.march == "portable" and platform.machine() in BASELINES:
             march, width = BASELINES[platform.machine()]
             told |= {"cpp.march": march, "cpp.simdlen": width, "cpp.vec_isa_ok": True}
+        if self.march == "native":
+            # Inductor keeps how wide the vectors are; the compiler uses whatever else is here.
+            told["aot_inductor.metadata"] = {EXTENSIONS: " ".join(extensions())}
         return told
 
 

@@ -24,6 +24,7 @@ from calque.errors import ArtifactUnreadable, ParityFailed, TargetUnavailable, U
 from calque.passes.pack_panels import PackPanels
 from calque.quality_gate import model_bytes
 from calque.recipe import Recipe
+from calque.runtime import aotinductor_session
 from calque.runtime.aotinductor_session import MODEL, AOTInductorSession, mapped
 from calque.runtime.decoder import Decoder
 from calque.targets import _aotinductor_compile, _aotinductor_graphs
@@ -208,6 +209,24 @@ def test_a_package_for_another_processor_is_refused(single: tuple[Artifact, Trac
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     with pytest.raises(TargetUnavailable, match="compiled for x86_64 with AVX2"):
         AOTInductorSession(artifact, 1)(MODEL, feed(model, 1, 2, 0))
+
+
+@pytest.mark.slow
+def test_code_for_this_very_processor_passes_the_gate_and_is_refused_on_a_lesser_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_random(ONE_LAYER, tmp_path / "model")
+    recipe = Recipe(model=str(folder), target="aotinductor", precision="int8", options={"march": "native"})
+    artifact = pipeline.convert(recipe, tmp_path / "out")
+    assert artifact.proof.numerics.status == "passed"
+    lesser = tmp_path / "cpuinfo"
+    lesser.write_text("processor : 0\nflags : fpu smep avx2\n")
+    had = aotinductor_session.extensions()
+    monkeypatch.setattr(aotinductor_session, "PROCESSOR", lesser)
+    assert aotinductor_session.extensions() == ["avx2"]
+    with pytest.raises(TargetUnavailable, match="has more than this one") as caught:
+        AOTInductorSession(artifact, 1).opened(MODEL)
+    assert caught.value.where == tuple(name for name in had if name != "avx2")
 
 
 def test_without_a_compiler_nothing_is_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
