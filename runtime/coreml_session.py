@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calque.artifact import Artifact
+from calque.artifact import Artifact, GraphSpec
 from calque.errors import ArtifactUnreadable, TargetUnavailable
 from calque.runtime.artifact_session import REDO, ArtifactSession
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 INTERPRETER, CORE_ML = "MIL interpreter", "Core ML"
 # The function of a graph that is alone.
 MAIN = "main"
+# Rows of a call that a package takes where its recipe names no other number.
+MAX_BATCH = 8
 
 
 def on_mac() -> bool:
@@ -45,13 +47,15 @@ class CoreMLSession(ArtifactSession):
     """Runs functions of a package as the manifest describes its graphs: names, int64, an empty past and caches of several rows.
 
     Core ML has none of these. Whole numbers go in as int32; an empty past as one slot that the mask hides, which is taken off what
-    comes out; rows whose cache is a state one after the other, each with a state of its own, whose slots come in and go out as arrays.
+    comes out; more rows than it takes at once in several calls, and rows whose cache is a state one after the other, each with a state
+    of its own, whose slots come in and go out as arrays.
     """
 
     def __init__(self, artifact: Artifact, threads: int = 0) -> None:
         super().__init__(artifact, threads)
         self.by = CORE_ML if on_mac() else INTERPRETER
         self._open: dict[str, Run] = {}
+        self._stateful = any(state.update == "in_place" for state in artifact.states)
 
     def open_all(self) -> None:
         """Every graph is open, and can be run.
@@ -75,9 +79,14 @@ class CoreMLSession(ArtifactSession):
         """
         spec = self.spec(graph)
         run = self._opened(graph)
-        if any(state.update == "in_place" for state in self.artifact.states):
-            rows = [self._row(run, {name: array[row : row + 1] for name, array in inputs.items()}) for row in range(_rows(inputs))]
-            return {tensor.name: np.concatenate([row[tensor.name] for row in rows]) for tensor in spec.outputs}
+        answer = self._row if self._stateful else self._rows
+        most = 1 if self._stateful else int(self.artifact.recipe.get("options", {}).get("max_batch", MAX_BATCH))
+        starts = range(0, max(1, _batch(inputs)), most)
+        parts = [answer(spec, run, {name: array[at : at + most] for name, array in inputs.items()}) for at in starts]
+        return parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _rows(self, spec: GraphSpec, run: Run, inputs: Arrays) -> Arrays:
+        """Return what no more rows than the package takes give, caches among it."""
         given = dict(inputs)
         empty = [state for state in self.artifact.states if not inputs[state.input].shape[2]]
         if empty:
@@ -88,14 +97,13 @@ class CoreMLSession(ArtifactSession):
         named = {tensor.name: found[io_name(tensor.name)] for tensor in spec.outputs}
         return named | {state.output: named[state.output][:, :, 1:] for state in empty}
 
-    def _row(self, run: Run, inputs: Arrays) -> Arrays:
+    def _row(self, spec: GraphSpec, run: Run, inputs: Arrays) -> Arrays:
         """Return what one row gives, and its state afterwards."""
         states = {io_name(state.input): np.array(inputs[state.input]) for state in self.artifact.states}
         kept = {state.input for state in self.artifact.states}
         found = run(_renamed({name: array for name, array in inputs.items() if name not in kept}), states)
         named = {state.output: states[io_name(state.input)] for state in self.artifact.states}
-        outputs = {tensor.name for graph in self.artifact.graphs.values() for tensor in graph.outputs}
-        return named | {name: found[io_name(name)] for name in outputs if name not in named}
+        return named | {tensor.name: found[io_name(tensor.name)] for tensor in spec.outputs if tensor.name not in named}
 
     def _opened(self, graph: str) -> Run:
         if graph not in self._open:
@@ -110,7 +118,7 @@ class CoreMLSession(ArtifactSession):
         return self._open[graph]
 
 
-def _rows(inputs: Mapping[str, NDArray[np.generic]]) -> int:
+def _batch(inputs: Mapping[str, NDArray[np.generic]]) -> int:
     return len(next(iter(inputs.values())))
 
 

@@ -18,7 +18,7 @@ from calque.artifact import DECODE, NUM_LOGITS_TO_KEEP, PREFILL, Artifact, Check
 from calque.choices import NARROW, QUANTIZED, Requirement
 from calque.errors import TargetUnavailable, Unsupported, UsageError
 from calque.passes import Pass
-from calque.runtime.coreml_session import on_mac
+from calque.runtime.coreml_session import MAX_BATCH, on_mac
 from calque.targets import Built, Emitted, Problem, optional_rows, package_rows
 from calque.traced import TracedModel, source_of
 
@@ -50,7 +50,7 @@ class CoreML:
     cache: Literal["flat", "stateful"] = "flat"
     functions: Literal["one", "split"] = "one"
     weights: Literal["linear", "palettized"] = "linear"
-    max_batch: int = 8
+    max_batch: int = MAX_BATCH
 
     def __post_init__(self) -> None:
         """Refuse a batch of nothing."""

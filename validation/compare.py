@@ -125,9 +125,9 @@ def _far_in_the_mean(met: Comparison, limit: float) -> list[str]:
 
 
 def mean_limit(io: ModelIO, references: Mapping[str, Reference]) -> float:
-    """Return the mean difference, in σ, from which on rounded activations do not explain it."""
+    """Return the mean difference, in σ, from which on rounded activations do not explain it, nor honest noise where none are rounded."""
     rounding = FACTOR * max(reference.mean_rounding for reference in references.values())
-    return max(rounding, MEAN_OF_EXPERTS) if io.routed else rounding
+    return max(rounding, MEAN_OF_EXPERTS if io.routed else tolerance(io.dtype).limit(io.layers))
 
 
 def compare(session: Session, io: ModelIO, scenario: Scenario, references: Mapping[str, Reference] | None) -> Row:

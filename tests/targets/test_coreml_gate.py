@@ -60,6 +60,10 @@ def test_an_encoder_is_proved(name: str, tmp_path: Path) -> None:
 CASES = [(name, precision) for name in ("quill", "minilm", *DECODERS, *ENCODERS, *CLASSIFIERS) for precision in PRECISIONS]
 
 
+def test_more_rows_than_the_package_takes_at_once_are_several_calls(tmp_path: Path) -> None:
+    proved("llama", "fp32", tmp_path, "ragged-left", "batch-5", max_batch=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "precision"), CASES)
 def test_a_model_is_proved_in_every_precision(name: str, precision: str, tmp_path: Path) -> None:

@@ -239,3 +239,12 @@ def test_the_whole_pipeline_proves_it(folder: Path, tmp_path: Path) -> None:
     with quiet():
         loaded: Any = torch.jit.load(str(tmp_path / "out" / FILE))  # type: ignore[no-untyped-call]
     assert [argument.name for argument in loaded.forward.schema.arguments[1:4]] == ["input_ids", "attention_mask", "position_ids"]
+
+
+def test_integers_of_which_every_layer_was_kept_are_proved_as_floats(folder: Path, tmp_path: Path) -> None:
+    parity = Parity(scenarios=("single-prompt",))
+    options = {"quantize_weights.overrides.*": "keep"}
+    recipe = Recipe(model=str(folder), target="torchscript", precision="int8", options=options, parity=parity)
+    artifact = calque.convert(recipe, tmp_path / "out")
+    assert artifact.passes["quantize_weights"] == 0
+    assert artifact.proof.numerics.status == "passed"
