@@ -183,6 +183,15 @@ class Artifact:
                 lines.append(f"{name}  bytes differ from the manifest's sha256")
         return lines
 
+    def require_whole(self) -> None:
+        """Leave quietly if every file is there, and as it was written.
+
+        Raises:
+            ArtifactUnreadable: a line for each that is not.
+        """
+        if damaged := self.damaged_files():
+            raise ArtifactUnreadable(f"{self.folder} is damaged", damaged, "copy it again, or convert the model again")
+
     @classmethod
     def read(cls, folder: Path) -> Artifact:
         """Return the artifact in ``folder``, as its manifest describes it.

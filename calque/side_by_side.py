@@ -9,6 +9,7 @@ from typing import Any
 
 from calque import targets
 from calque.artifact import Artifact, rounds_activations
+from calque.choices import QUANTIZED
 from calque.console import table
 from calque.errors import UsageError
 from calque.validation import across
@@ -34,9 +35,13 @@ def compare(
     """
     artifacts = _named([Artifact.read(Path(folder)) for folder in folders])
     made = {name: targets.make(artifact.target, artifact.recipe.get("options", {})) for name, artifact in artifacts.items()}
+    announce("files")
+    for artifact in artifacts.values():
+        artifact.require_whole()
     announce("integers")
-    quantized = {name: artifact for name, artifact in artifacts.items() if artifact.passes.get("quantize_weights")}
-    integers = across.integers_apart({name: _integers(made[name], artifact) for name, artifact in quantized.items()})
+    integers: list[dict[str, Any]] = []
+    for alike in _by_form(artifacts):
+        integers += across.integers_apart({name: _integers(made[name], artifacts[name]) for name in alike})
     shared = across.shared_scenarios({name: read_references(artifact.folder) for name, artifact in artifacts.items()})
     if not shared:
         raise UsageError("the artifacts were proved by no scenario in common", fix="convert them with the same scenarios and max_length")
@@ -80,6 +85,15 @@ def _named(artifacts: Sequence[Artifact]) -> dict[str, Artifact]:
     if len(set(names)) < len(names):
         names = [str(artifact.folder) for artifact in artifacts]
     return dict(zip(names, artifacts, strict=True))
+
+
+def _by_form(artifacts: Mapping[str, Artifact]) -> list[list[str]]:
+    """Return the names of artifacts with integers, those together that should hold the same: 8 bits are not held against 4."""
+    groups: dict[str, list[str]] = {}
+    for name, artifact in artifacts.items():
+        if artifact.passes.get("quantize_weights"):
+            groups.setdefault(str(QUANTIZED[artifact.precision]), []).append(name)
+    return list(groups.values())
 
 
 def _integers(target: targets.Target, artifact: Artifact) -> across.Matrices:

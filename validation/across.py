@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calque.validation.compare import RANKED
 from calque.validation.drive import ModelIO, run
 
 if TYPE_CHECKING:
@@ -89,12 +90,13 @@ def _digest(values: NDArray[np.generic]) -> bytes:
 def integers_apart(held: Mapping[str, Matrices]) -> list[dict[str, Any]]:
     """Return a row for each artifact, held against the first whose integers are known: matrices, rows, rows apart, scales."""
     found = {name: Integers.of(matrices) for name, matrices in held.items()}
-    first = next((integers for integers in found.values() if integers.matrices), None)
+    beside = next((name for name, integers in found.items() if integers.matrices), "")
+    first = found.get(beside)
     table: list[dict[str, Any]] = []
     for name, integers in found.items():
         apart, scales = integers.held_against(first) if integers.matrices and first else (0, UNREAD)
         counted = {"matrices": integers.matrices, "rows": len(integers.rows), "scale_dtype": integers.dtype}
-        table.append({"artifact": name, **counted, "rows_apart": apart, "scales": scales})
+        table.append({"artifact": name, **counted, "beside": beside, "rows_apart": apart, "scales": scales})
     return table
 
 
@@ -126,20 +128,21 @@ def answers(session: Session, io: ModelIO, scenarios: Iterable[Scenario]) -> dic
 
 
 def apart(said: Mapping[str, Mapping[Place, NDArray[np.float32]]], sigmas: Mapping[tuple[str, str, int], float]) -> list[dict[str, Any]]:
-    """Return a row for each two artifacts: positions that both answered, worst |Δ| in σ of the output, share of the same best token."""
+    """Return a row for each two artifacts: positions that both answered, worst |Δ| in σ of the output, share of the same best logit."""
     table = []
     for one, other in combinations(said, 2):
         shared = [place for place in said[one] if place in said[other]]
+        ranked = sum(place[1] == RANKED for place in shared)
         worst, agreed = 0.0, 0
         for place in shared:
             left, right = said[one][place], said[other][place]
             # Not max(): a NaN must show, and compares with nothing.
             delta = float(np.abs(left - right).max()) / (sigmas[place[:3]] or 1.0)
             worst = delta if np.isnan(delta) or np.isnan(worst) or delta > worst else worst
-            agreed += int(left.argmax() == right.argmax())
+            agreed += int(place[1] == RANKED and left.argmax() == right.argmax())
         row = {"artifacts": [one, other], "positions": len(shared)}
         finite = worst if np.isfinite(worst) else None
-        table.append({**row, "worst_sigma": finite, "top1": agreed / len(shared) if shared else None})
+        table.append({**row, "worst_sigma": finite, "top1": agreed / ranked if ranked else None})
     return table
 
 
@@ -160,10 +163,9 @@ def not_finite(answers: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def differing(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a line for each artifact whose integers are not those of the first."""
-    first = next((row["artifact"] for row in table if row["rows"]), "")
+    """Return a line for each artifact whose integers are not those that they were held against."""
     return [
-        f"{row['artifact']}: {row['rows_apart']} of {row['rows']} rows are not those of {first}, scales are {row['scales']}"
+        f"{row['artifact']}: {row['rows_apart']} of {row['rows']} rows are not those of {row['beside']}, scales are {row['scales']}"
         for row in table
         if row["rows_apart"] or row["scales"] == "different"
     ]

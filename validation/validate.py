@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from calque.artifact import Artifact
-from calque.errors import ArtifactUnreadable
 from calque.validation.compare import compare
 from calque.validation.drive import ModelIO
 from calque.validation.reference import read_references
@@ -23,8 +22,7 @@ def validate(folder: Path, threads: int = 0) -> dict[str, Any]:
     """
     folder = Path(folder)
     artifact = Artifact.read(folder)
-    if damaged := artifact.damaged_files():
-        raise ArtifactUnreadable(f"{folder} is damaged", damaged, "copy it again, or convert the model again")
+    artifact.require_whole()
     from calque.runtime import open_session
 
     session = open_session(folder, threads)

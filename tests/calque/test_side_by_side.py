@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from onnx import numpy_helper
 import calque
 from calque.artifact import Artifact, file_sha256
 from calque.cli import main
-from calque.errors import UsageError
+from calque.errors import ArtifactUnreadable, UsageError
 from calque.recipe import Recipe
-from calque.side_by_side import compare, groups, text
+from calque.side_by_side import compare, faults, groups, text
 
 COMMON: dict[str, Any] = {"model": "builtin:quill", "parity": {"scenarios": ["single-prompt", "batch-2"]}, "dims": {"max_length": 64}}
 
@@ -52,9 +53,24 @@ def test_one_integer_that_is_another_fails(pair: list[Path], tmp_path: Path, cap
     assert "rows are not those of" in shown.err
 
 
-def _copy_with_one_integer_changed(folder: Path, copy: Path) -> Path:
-    import shutil
+def test_a_damaged_artifact_is_told_before_its_runtime_reads_it(pair: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(pair[0], tmp_path / "cut")
+    file = tmp_path / "cut" / "model.onnx.data"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ArtifactUnreadable, match="is damaged") as caught:
+        compare([pair[1], tmp_path / "cut"])
+    assert caught.value.where == ("model.onnx.data  bytes differ from the manifest's sha256",)
 
+
+def test_integers_of_8_bits_are_not_held_against_4(pair: list[Path], tmp_path: Path) -> None:
+    calque.convert(Recipe(target="onnxruntime", precision="int8", **COMMON), tmp_path / "int8")
+    found = compare([*pair, tmp_path / "int8"])
+    assert [row["rows_apart"] for row in found["integers"]] == [0, 0, 0]
+    assert found["integers"][2]["beside"] == found["integers"][2]["artifact"] == str(tmp_path / "int8")
+    assert faults(found) == []
+
+
+def _copy_with_one_integer_changed(folder: Path, copy: Path) -> Path:
     shutil.copytree(folder, copy)
     model = onnx.load(copy / "model.onnx")
     packed = next(weight for weight in model.graph.initializer if weight.name.endswith("o_proj.weight.q.packed"))

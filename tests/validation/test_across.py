@@ -45,6 +45,9 @@ def test_answers_are_compared_where_both_gave_one() -> None:
     two = {("s", "logits", 0, 1): np.array([6, 5], np.float32), ("s", "logits", 0, 2): np.array([0, 0], np.float32)}
     [row] = apart({"one": one, "two": two}, {("s", "logits", 0): 2.0})
     assert (row["positions"], row["worst_sigma"], row["top1"]) == (1, 2.5, 0.0)
+    place = ("s", "sentence_embedding", 0, 0)  # whose largest value is no answer
+    [row] = apart({"one": {place: np.array([1, 5])}, "two": {place: np.array([2, 5])}}, {place[:3]: 1.0})
+    assert (row["worst_sigma"], row["top1"]) == (1.0, None)
     nan = {("s", "logits", 0, 1): np.array([np.nan, 5], np.float32)}
     [row] = apart({"one": one, "nan": nan}, {("s", "logits", 0): 2.0})
     assert row["worst_sigma"] is None
