@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calque.artifact import SHARED_WEIGHTS
-from calque.errors import ArtifactUnreadable, TargetUnavailable, UsageError
+from calque.errors import ArtifactUnreadable, TargetUnavailable
 from calque.runtime.artifact_session import REDO
 from calque.runtime.cuda_graphs import CudaGraphs
 from calque.runtime.torch_session import TorchSession
@@ -23,16 +23,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from calque.artifact import Artifact
-    from calque.runtime.artifact_session import Arrays
     from calque.runtime.torch_session import Run
 
 # The one model in a package.
 MODEL = "model"
 # A weight that is a switch, int8 [1]: whether products with integers round what they read to 8 bits.
 ROUNDS = "calque.rounds"
-
-# What says in config.json how many rows the table has that an input chooses from.
-TABLES = {"input_ids": "vocab_size", "token_type_ids": "type_vocab_size"}
 
 # What x86 processors have of vectors, each as well as those before it.
 WIDTHS = ("", "AVX2", "AVX512")
@@ -66,37 +62,6 @@ class AOTInductorSession(TorchSession):
         self._exact = exact
         self._cuda = artifact.recipe.get("options", {}).get("device") == "cuda"
         self._weights: dict[str, Tensor] = {}
-        self._tables: dict[str, int] | None = None
-
-    def check(self, graph: str, inputs: Arrays) -> None:
-        """Leave quietly if ``graph`` can be given these inputs.
-
-        What is beyond a table ends the process: the package sees that in a thread of OpenMP, which cannot raise.
-
-        Raises:
-            UsageError: no such graph; an input is missing, unexpected, of the wrong dtype or shape, or beyond the model's table.
-            Unsupported: the inputs go past a limit that the manifest records.
-        """
-        super().check(graph, inputs)
-        lines = [
-            f"{name}  {least if least < 0 else most}, 0 to {rows - 1} expected"
-            for name, rows in self._rows_of_tables().items()
-            if (array := inputs.get(name)) is not None and array.size
-            for least, most in [(int(array.min()), int(array.max()))]
-            if least < 0 or most >= rows
-        ]
-        if lines:
-            raise UsageError("the model has no such rows in its tables", lines, "feed what its tokenizer gives")
-
-    def _rows_of_tables(self) -> dict[str, int]:
-        """Return how many values each input chooses from, of those of which something says it."""
-        if self._tables is None:
-            file = self.artifact.folder / "config.json"
-            config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-            config |= config.get("text_config") or {}
-            known = {name: config.get(key) for name, key in TABLES.items()} | {"position_ids": self.artifact.limits.max_length}
-            self._tables = {name: rows for name, rows in known.items() if isinstance(rows, int)}
-        return self._tables
 
     def load(self, path: Path, graph: str) -> Run:
         """Return what runs the package at ``path``, its weights loaded.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calque.artifact import Artifact, GraphSpec
-from calque.errors import ArtifactUnreadable, TargetUnavailable
+from calque.errors import ArtifactUnreadable, TargetUnavailable, UsageError
 from calque.runtime.artifact_session import REDO, ArtifactSession
 
 if TYPE_CHECKING:
@@ -137,7 +137,10 @@ def _interpreted(path: Path, function: str) -> Run:
     """Return what runs a function by the interpreter of MIL."""
     from calque.runtime.mil import MilProgram, MilState
 
-    program = MilProgram(path, function)
+    try:
+        program = MilProgram(path, function)
+    except UsageError as error:  # of whoever asks for a function; here it is the manifest that does
+        raise ArtifactUnreadable(f"{path} is not the package that the manifest describes: {error.what}", fix=REDO) from error
 
     def run(inputs: Arrays, states: Arrays) -> Arrays:
         kept = MilState(states)  # which it changes

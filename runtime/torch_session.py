@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calque.artifact import Artifact
-from calque.errors import ArtifactUnreadable, TargetUnavailable
+from calque.errors import ArtifactUnreadable, TargetUnavailable, UsageError
 from calque.runtime.artifact_session import REDO, ArtifactSession
 from calque.tensors import to_array, to_tensor
 
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from calque.runtime.artifact_session import Arrays
+
     Run = Callable[[list[Tensor]], Sequence[Tensor]]
+
+
+# What says in config.json how many rows the table has that an input chooses from.
+TABLES = {"input_ids": "vocab_size", "token_type_ids": "type_vocab_size"}
 
 
 class TorchSession(ArtifactSession):
@@ -30,6 +37,41 @@ class TorchSession(ArtifactSession):
     def __init__(self, artifact: Artifact, threads: int = 0) -> None:
         super().__init__(artifact, threads)
         self._open: dict[str, Run] = {}
+        self._tables: dict[str, int] | None = None
+
+    def check(self, graph: str, inputs: Arrays) -> None:
+        """Leave quietly if ``graph`` can be given these inputs.
+
+        What is beyond a table ends the process of a package of AOTInductor, which sees it in a thread that cannot raise.
+
+        Raises:
+            UsageError: no such graph; an input is missing, unexpected, of the wrong dtype or shape, or beyond the model's table.
+            Unsupported: the inputs go past a limit that the manifest records.
+            ArtifactUnreadable: config.json, which says how large the tables are, is damaged.
+        """
+        super().check(graph, inputs)
+        lines = [
+            f"{name}  {least if least < 0 else most}, 0 to {rows - 1} expected"
+            for name, rows in self._rows_of_tables().items()
+            if (array := inputs.get(name)) is not None and array.size
+            for least, most in [(int(array.min()), int(array.max()))]
+            if least < 0 or most >= rows
+        ]
+        if lines:
+            raise UsageError("the model has no such rows in its tables", lines, "feed what its tokenizer gives")
+
+    def _rows_of_tables(self) -> dict[str, int]:
+        """Return how many values each input chooses from, of those of which something says it."""
+        if self._tables is None:
+            file = self.artifact.folder / "config.json"
+            try:
+                config = json.loads(file.read_bytes()) if file.is_file() else {}
+                config |= config.get("text_config") or {}
+            except (OSError, ValueError, TypeError, AttributeError) as error:
+                raise ArtifactUnreadable(f"{file} cannot be read: {error}", fix=REDO) from error
+            known = {name: config.get(key) for name, key in TABLES.items()} | {"position_ids": self.artifact.limits.max_length}
+            self._tables = {name: rows for name, rows in known.items() if isinstance(rows, int)}
+        return self._tables
 
     def load(self, path: Path, graph: str) -> Run:
         """Return what runs a graph of the file at ``path``; what it raises is told as a file that cannot be read."""
@@ -83,8 +125,11 @@ class TorchSession(ArtifactSession):
 
 
 def _first_lines(error: Exception) -> str:
-    """Return what an error says, without the stack of the runtime that follows it."""
+    """Return what an error says, without the stacks of the runtime around it."""
     lines = [line.strip() for line in str(error).splitlines()]
+    # TorchScript gives its own stack first, the lines of the file, and what went wrong last.
+    last = [at for at, line in enumerate(lines) if line.startswith("RuntimeError: ")]
+    lines = lines[last[-1] :] if last else lines
     kept = [line for line in lines if line and not line.startswith(("frame #", "Exception raised from"))]
     return " ".join(kept[:6])
 
