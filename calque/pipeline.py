@@ -269,7 +269,8 @@ def plan(recipe: Recipe, progress: Callable[[str], None] = silent) -> dict[str, 
             counts = {name: done.count for name, done in conversion.rewrite(model).items()}
             problems = target.problems(model)
         block = 0 if problems else conversion.require_memory(model)
-        chosen = conversion.scenarios(model.limits, model.states)
+        limits = target.limits(model) if isinstance(target, targets.Bounds) else model.limits
+        chosen = conversion.scenarios(limits, model.states)
         states = {state.output for state in model.states}
         outputs = [spec for spec in model.outputs if spec.name not in states]
         beside = preflight.companion_bytes(source) + predicted_bytes(chosen, outputs)
@@ -289,6 +290,6 @@ def plan(recipe: Recipe, progress: Callable[[str], None] = silent) -> dict[str, 
         "nodes": {"traced": traced, "after passes": len(model.graph.nodes)},
         "passes": counts,
         "states": len(model.states),
-        "limits": asdict(model.limits),
+        "limits": asdict(limits),
         "problems": [asdict(problem) for problem in problems],
     }

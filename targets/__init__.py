@@ -7,7 +7,7 @@ distributions add targets by entry points of the group ``calque.targets``: see d
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -46,6 +46,12 @@ class Problem:
         """Return the problem as one line."""
         where = " ".join(part for part in (self.module, self.source) if part)
         return f"{self.node}: {self.why}" + (f" ({where})" if where else "")
+
+
+def without_cache(model: TracedModel, options: Iterable[str]) -> list[Problem]:
+    """Return options that say how keys and values are kept, which would be without effect on a model that keeps none."""
+    why = "the model keeps no keys and values from call to call"
+    return [] if model.states else [Problem(option, "", "", why, "leave it out") for option in options]
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,15 @@ class RunsBlocks(Protocol):
 
     def blocks(self, artifact: Artifact, threads: int, nbytes: int, exact: bool = False) -> Session:
         """Return a session that holds about ``nbytes`` of weights at a time; ``exact``: it rounds no activations."""
+        ...
+
+
+@runtime_checkable
+class Bounds(Protocol):
+    """A target whose artifacts have limits that the model has not."""
+
+    def limits(self, model: TracedModel) -> Limits:
+        """Return what the artifact must not be asked to do."""
         ...
 
 

@@ -97,21 +97,21 @@ class Compiler:
         return told
 
 
-def find_compiler() -> str:
-    """Return the C++ compiler of this machine.
+def find_compiler() -> list[str]:
+    """Return the command of this machine's C++ compiler: a program, and what ``CXX`` gives it (``ccache g++``).
 
     Raises:
         TargetUnavailable: there is none.
     """
-    name = os.environ.get("CXX", "g++")
-    found = shutil.which(name)
+    name, *given = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    command, found = shlex.join([name, *given]), shutil.which(name)
     if found is None:
         raise TargetUnavailable(f"AOTInductor compiles C++, and there is no compiler {name!r} here", fix=INSTALL)
-    told = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+    told = subprocess.run([found, *given, "--version"], capture_output=True, text=True, check=False)
     if told.returncode:
         said = [line for line in told.stderr.splitlines() if line.strip()][:3]
-        raise TargetUnavailable(f"{name!r} is no C++ compiler that works: `{name} --version` ends with {told.returncode}", said, INSTALL)
-    return found
+        raise TargetUnavailable(f"{name!r} is no C++ compiler that works: `{command} --version` ends with {told.returncode}", said, INSTALL)
+    return [found, *given]
 
 
 def compile_package(program: ExportedProgram, package: Path, scratch: Path, compiler: Compiler) -> None:
@@ -154,9 +154,9 @@ def _workshop(scratch: Path) -> Iterator[Path]:
     with TemporaryDirectory(dir=scratch, prefix="aotinductor-") as folder, fresh_cache(dir=folder, delete=False):
         flags = [f"-ffile-prefix-map={Path(torch.__file__).parent}=torch"]
         # Inductor tells gcc from clang by its name.
-        script = Path(folder) / Path(real).name
+        script = Path(folder) / next(Path(word).name for word in reversed(real) if not word.startswith("-"))
         linked = "" if platform.system() == "Darwin" else " -Wl,--build-id=none -Wl,-s"
-        script.write_text(SCRIPT.format(scratch=shlex.quote(folder), linked=linked, real=shlex.quote(real), flags=shlex.join(flags)))
+        script.write_text(SCRIPT.format(scratch=shlex.quote(folder), linked=linked, real=shlex.join(real), flags=shlex.join(flags)))
         script.chmod(0o755)
         yield script
 

@@ -11,6 +11,7 @@ The code is for any processor of x86-64-v3 (AVX2), unless ``march: native``.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from calque.choices import NARROW, QUANTIZED, Requirement
 from calque.errors import TargetUnavailable, UsageError
 from calque.passes import Pass
 from calque.runtime.aotinductor_session import MODEL
-from calque.targets import Emitted, Problem, package_rows
+from calque.targets import Emitted, Problem, package_rows, without_cache
 from calque.tensors import to_array
 
 if TYPE_CHECKING:
@@ -102,10 +103,10 @@ class AOTInductor:
         return (DropZeroBias(), CacheDynamic(), *cast)
 
     def problems(self, model: TracedModel) -> list[Problem]:
-        """Return lengths that values decide; what else Inductor cannot compile it says while it does."""
+        """Return lengths that values decide, and an option without effect; what else Inductor cannot compile it says while it does."""
         from calque.targets._aten import lengths_of_values
 
-        return lengths_of_values(model)
+        return [*lengths_of_values(model), *without_cache(model, ("graphs: split",) if self.graphs == "split" else ())]
 
     def lower(self, model: TracedModel) -> Lowered:
         """Return the program in ATen; its weights are still where the checkpoint has them."""
@@ -169,7 +170,7 @@ class AOTInductor:
         from calque.targets import _aotinductor_compile
 
         try:
-            compiler, note = _aotinductor_compile.find_compiler(), "to convert"
+            compiler, note = shlex.join(_aotinductor_compile.find_compiler()), "to convert"
         except TargetUnavailable as error:
             compiler, note = "missing", f"to convert: {error.fix}"
         return [*package_rows({"torch": "to convert and to run"}), ("C++ compiler", compiler, note)]

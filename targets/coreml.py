@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from calque.artifact import DECODE, NUM_LOGITS_TO_KEEP, PREFILL, Artifact, Check, GraphSpec
+from calque.artifact import DECODE, NUM_LOGITS_TO_KEEP, PREFILL, Artifact, Check, GraphSpec, Limits
 from calque.choices import NARROW, QUANTIZED, Requirement
 from calque.errors import TargetUnavailable, Unsupported, UsageError
 from calque.passes import Pass
 from calque.runtime.coreml_session import MAX_BATCH, on_mac
-from calque.targets import Built, Emitted, Problem, optional_rows, package_rows
+from calque.targets import Built, Emitted, Problem, optional_rows, package_rows, without_cache
 from calque.traced import TracedModel, source_of
 
 if TYPE_CHECKING:
@@ -119,6 +119,9 @@ class CoreML:
         if any(spec.name == NUM_LOGITS_TO_KEEP for spec in model.inputs):
             why, way_out = "a length that a call's values decide has no bounds", "leave --logits dynamic out, or ask for --logits last"
             return [Problem(NUM_LOGITS_TO_KEEP, "", "", why, way_out)]
+        asked = {"cache: stateful": self.cache == "stateful", "functions: split": self.functions == "split"}
+        if useless := without_cache(model, [option for option, chosen in asked.items() if chosen]):
+            return useless
         fix = "use a model without it"
         missing = {node: f"{node.target} has no translation to MIL" for node in untranslated(model)}
         refused = missing or self._refused(model)
@@ -188,8 +191,11 @@ class CoreML:
         require_once(folder / PACKAGE)
         graph = GraphSpec(PACKAGE, model.inputs, model.outputs)
         names = {"main": "model"}
-        limits = replace(model.limits, max_length=_longest(model)) if "input_ids" in model.placeholders() else model.limits
-        return Emitted({names.get(name, name): graph for name in made.functions}, limits)
+        return Emitted({names.get(name, name): graph for name in made.functions}, self.limits(model))
+
+    def limits(self, model: TracedModel) -> Limits:
+        """Return the model's limits, with an end to rows of tokens: Core ML wants a bound of every length."""
+        return replace(model.limits, max_length=_longest(model)) if "input_ids" in model.placeholders() else model.limits
 
     def emission_bytes(self, weights: int) -> int:
         """Return about how much memory writing takes of so many bytes of weights."""

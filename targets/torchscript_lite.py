@@ -8,13 +8,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from calque.artifact import Artifact, GraphSpec
-from calque.choices import QUANTIZED
-from calque.errors import UsageError
+from calque.choices import QUANTIZED, Requirement
+from calque.errors import TargetUnavailable, UsageError
 from calque.passes import Pass
 from calque.targets import Emitted, Problem
 from calque.targets._torchscript_target import WritesTorchScript
@@ -42,6 +43,17 @@ class TorchScriptLite(WritesTorchScript):
 
     name: ClassVar[str] = "torchscript-lite"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+
+    def require(self, needed: Requirement | None) -> None:
+        """Leave quietly if the Python that ``prepack`` names is there.
+
+        Raises:
+            TargetUnavailable: it is not.
+        """
+        from calque.targets._torchscript_prepack import WAY_OUT
+
+        if self.prepack and shutil.which(self.prepack) is None:
+            raise TargetUnavailable(f"prepack: there is no program {self.prepack}", fix=WAY_OUT)
 
     def passes(self, precision: str) -> tuple[Pass, ...]:
         """Return the passes of this target, in order.

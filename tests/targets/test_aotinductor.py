@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import zipfile
 from dataclasses import replace
@@ -236,6 +237,24 @@ def test_without_a_compiler_nothing_is_begun(monkeypatch: pytest.MonkeyPatch, tm
     assert caught.value.exit_code == 5
     assert [*tmp_path.iterdir()] == []
     assert ("C++ compiler", "missing") in [row[:2] for row in AOTInductor().doctor()]
+
+
+def test_a_compiler_may_be_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "env g++ -DNDEBUG")
+    assert _aotinductor_compile.find_compiler() == [shutil.which("env"), "g++", "-DNDEBUG"]
+    with _aotinductor_compile._workshop(tmp_path) as script:
+        assert script.name == "g++", "Inductor tells compilers apart by their names"
+        assert f"exec {shutil.which('env')} g++ -DNDEBUG " in script.read_text()
+    monkeypatch.setenv("CXX", "")
+    assert _aotinductor_compile.find_compiler() == [shutil.which("g++")]
+
+
+def test_an_option_without_effect_is_refused() -> None:
+    model = traced_as(ONE_LAYER)
+    assert AOTInductor(graphs="split").problems(model) == []
+    model.states = ()
+    assert [problem.node for problem in AOTInductor(graphs="split").problems(model)] == ["graphs: split"]
+    assert AOTInductor().problems(model) == []
 
 
 class Twice(torch.nn.Module):

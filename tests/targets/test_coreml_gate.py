@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import calque
+from calque import pipeline
 from calque.errors import Unsupported
 from calque.recipe import Parity, Recipe
 from calque.runtime.coreml_session import INTERPRETER
@@ -58,6 +59,18 @@ def test_an_encoder_is_proved(name: str, tmp_path: Path) -> None:
 
 
 CASES = [(name, precision) for name in ("quill", "minilm", *DECODERS, *ENCODERS, *CLASSIFIERS) for precision in PRECISIONS]
+
+
+def test_ways_to_keep_a_cache_are_refused_where_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="cannot express") as caught:
+        proved("vit", "fp16", tmp_path, cache="stateful", functions="split")
+    why = "the model keeps no keys and values from call to call"
+    assert caught.value.where == (f"cache: stateful: {why}", f"functions: split: {why}")
+
+
+def test_a_plan_says_where_rows_end(tmp_path: Path) -> None:
+    recipe = Recipe(model=source("llama", tmp_path), target="coreml", precision="fp16")
+    assert pipeline.plan(recipe)["limits"]["max_length"] == 128
 
 
 def test_more_rows_than_the_package_takes_at_once_are_several_calls(tmp_path: Path) -> None:

@@ -128,5 +128,7 @@ def test_a_truncated_file_is_told_as_one_that_cannot_be_read(tmp_path: Path) -> 
 def test_prepacking_takes_an_environment_that_can(tmp_path: Path) -> None:
     with pytest.raises(TargetUnavailable, match="cannot be run"):
         prepack(str(tmp_path / "python"), tmp_path / FILE, tmp_path / "out.ptl")
+    with pytest.raises(TargetUnavailable, match="no program"):
+        TorchScriptLite(prepack=str(tmp_path / "python")).require(None)
     with pytest.raises(UsageError, match="prepack"):
         TorchScriptLite(prepack="python").passes("int8")

@@ -98,7 +98,11 @@ Weights mapped(const fs::path& file) {
 std::unique_ptr<Loader> opened(const fs::path& package, const Weights& all) {
   auto loader = std::make_unique<Loader>(package.string());
   Weights named;
-  for (const std::string& name : loader->get_constant_fqns()) named[name] = all.at(name);
+  for (const std::string& name : loader->get_constant_fqns()) {
+    const auto found = all.find(name);
+    if (found == all.end()) throw std::runtime_error(package.string() + " wants a weight that the file has not: " + name);
+    named.insert(*found);
+  }
   loader->load_constants(named, /*use_inactive=*/false, /*check_full_update=*/true, /*user_managed=*/true);
   return loader;
 }
