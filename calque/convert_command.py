@@ -293,5 +293,7 @@ def _print_converted(artifact: Artifact, status: Status, as_json: bool) -> None:
     if text := report_text(report):
         print(text, end="\n\n")
     print("\n".join(proof_lines(artifact)))
+    if notes := report.get("notes"):
+        print("\n" + "\n".join(f"note: {note}" for note in notes))
     total = sum(path.stat().st_size for path in artifact.folder.rglob("*") if path.is_file())
     print(f"\nwrote {artifact.folder} ({size(total)})")
