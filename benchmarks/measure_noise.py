@@ -92,7 +92,9 @@ def measure_narrow(model: PreTrainedModel, tokens: torch.Tensor, dtype: torch.dt
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))
         want = model(input_ids=tokens, use_cache=False).logits[0]
-        narrow = copy.deepcopy(model).to(dtype)
+        narrow = copy.deepcopy(model)
+        for parameter in narrow.parameters():  # buffers stay as they are loaded: frequencies of positions are float32 in any model
+            parameter.data = parameter.data.to(dtype)
         narrow.config._experts_implementation = "eager"
         found = {"whole": _noise(want, narrow(input_ids=tokens, use_cache=False).logits[0])}
         return found | _reordered(narrow, tokens, want)

@@ -44,14 +44,15 @@ TOLERANCES = {
             "float16",
             noise_per_layer=1.4e-2,
             factor=2.0,
-            reason="eager float16 against eager float32 with the same weights, sums permuted, cached steps: at most 2.3e-2 on 2–3 layers, "
-            "6.5e-2 on 8, 3.2e-1 on 24, 6.5e-1 on 48 (the same models; docs/tolerance.md); doubled as above",
+            reason="eager float16 against eager float32 with the same weights, sums permuted, cached steps: at most 3.3e-2 on 2–3 layers, "
+            "6.4e-2 on 8, 3.4e-1 on 24, 6.6e-1 on 48, 9.6e-2 on 8 and 1024 tokens (the same models; docs/tolerance.md); doubled as above",
         ),
         Tolerance(
             "bfloat16",
             noise_per_layer=9e-2,
             factor=2.0,
-            reason="eager bfloat16 against eager float32 in the same way: at most 2.5e-1 on 2–3 layers, 7.0e-1 on 8, 2.1 on 24, 3.1 on 48",
+            reason="eager bfloat16 against eager float32 in the same way: at most 2.2e-1 on 2–3 layers, 6.8e-1 on 8, 1.8 on 24, 2.6 on 48, "
+            "7.1e-1 on 8 and 1024 tokens",
         ),
         Tolerance(
             "int8 with experts",
