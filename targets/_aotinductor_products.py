@@ -12,6 +12,7 @@ That the switch is a weight lets one package run with and without rounding, whic
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 PANEL_LINEAR = torch.ops.calque.panel_linear.default
 SOURCE = Path(__file__).with_name("_aotinductor_panels.cpp")
+INCLUDED = re.compile(r'#include "(\S+)"')
 
 
 def switched(model: TracedModel, rounds: bool) -> TracedModel:
@@ -54,5 +56,5 @@ def shims() -> dict[Any, list[str]]:
 
     The block is closed before the source and opened again behind it; Inductor writes ``extern`` before and a semicolon after.
     """
-    source = SOURCE.read_text(encoding="utf-8")
+    source = INCLUDED.sub(lambda name: SOURCE.with_name(name[1]).read_text(encoding="utf-8"), SOURCE.read_text(encoding="utf-8"))
     return {PANEL_LINEAR: [f'int calque_before;\n}}\n{source}\nextern "C" {{\nextern int calque_behind']}
