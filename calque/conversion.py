@@ -321,10 +321,12 @@ class Conversion:
     def first_divergence(
         self, artifact: Artifact, chosen: list[Scenario], expected: dict[str, dict[str, Reference]], rows: Rows
     ) -> list[str]:
-        """Return a line that names the first stage and the first layer that diverge, for the first scenario that failed."""
+        """Return a line that names the first stage and the first layer that diverge, for the first scenario that failed; why, if known."""
         from calque.validation.bisect import bisect
         from calque.validation.compare import EXACT
+        from calque.validation.drive import ModelIO
         from calque.validation.eager import eager_states
+        from calque.validation.prove import routed_hint
 
         failed = next(row["name"].removesuffix(EXACT) for row in rows if row["status"] == "failed")
         scenario = next(scenario for scenario in chosen if scenario.name == failed)
@@ -333,7 +335,7 @@ class Conversion:
         eager = self.eager()
         stages = list(self.stages(artifact))
         found = bisect(stages, scenario, expected[failed], lambda tokens: eager_states(eager, tokens))
-        return [f"{failed} {found.text}"] if found else []
+        return [*([f"{failed} {found.text}"] if found else ()), *routed_hint(ModelIO.of(artifact))]
 
     def stages(self, artifact: Artifact) -> Iterator[Stage]:
         """Yield every stage of the conversion as something that runs: the trace, the graph after each pass, the artifact."""

@@ -69,6 +69,13 @@ def routed_note(artifact: Artifact) -> str:
     )
 
 
+def routed_hint(io: ModelIO) -> list[str]:
+    """Return the line that says why a mixture of experts may have failed in a narrow type; none where that cannot be."""
+    if not io.routed or io.dtype == "float32":
+        return []
+    return [f"in {io.dtype} a token near a tie goes to another expert than in float32, on any target; take fp32, int8 or int4"]
+
+
 def _numerics(by: str, rows: Sequence[Row]) -> Check:
     compared = [row for row in rows if row["status"] != "not_run"]
     failed = [row for row in rows if row["status"] == "failed"]

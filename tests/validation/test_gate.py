@@ -15,7 +15,7 @@ from calque.artifact import DECODE, PREFILL, Check, round_up
 from calque.errors import ArtifactUnreadable, ParityFailed
 from calque.validation.compare import compare
 from calque.validation.drive import ModelIO
-from calque.validation.prove import prove, routed_note
+from calque.validation.prove import prove, routed_hint, routed_note
 from tests.eager_session import EagerSession
 from tests.tiny_models import TINY
 from tests.validation.gate import Broken, gate
@@ -296,6 +296,15 @@ def test_only_a_mixture_that_rounds_activations_is_said_to_be_held_to_a_wide_lim
     rounded = replace(dense, precision="int4", passes={"quantize_weights": 14})
     assert "gross faults" in routed_note(replace(rounded, passes={"quantize_weights": 14, "fuse_experts": 2}))
     assert routed_note(rounded) == routed_note(replace(dense, passes={"fuse_experts": 2})) == ""
+
+
+def test_a_mixture_in_a_narrow_type_is_told_why_it_may_fail() -> None:
+    dense = gate("llama").artifact
+    mixture = replace(dense, passes={"fuse_experts": 2})
+    assert [routed_hint(ModelIO.of(artifact)) for artifact in (dense, mixture, replace(dense, precision="bf16"))] == [[], [], []]
+    narrow = replace(mixture, precision="bf16", states=tuple(replace(state, dtype="bfloat16") for state in dense.states))
+    [hint] = routed_hint(ModelIO.of(narrow))
+    assert hint.startswith("in bfloat16 a token near a tie goes to another expert")
 
 
 def test_steps_are_driven_through_the_graph_for_steps_and_judged_there() -> None:
