@@ -78,6 +78,17 @@ def _environment() -> Any:
     return environment
 
 
+def model_config(folder: Path) -> dict[str, Any]:
+    """Return the model's config, that of its text part where it has several; empty where the folder has none.
+
+    Raises:
+        ArtifactUnreadable: it is no JSON object.
+    """
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, dict) else config
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the file's object, an empty one where there is no file.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from calque.artifact import Artifact
 from calque.errors import ArtifactUnreadable, TargetUnavailable, UsageError
 from calque.runtime.artifact_session import REDO, ArtifactSession
+from calque.runtime.chat import model_config
 from calque.tensors import to_array, to_tensor
 
 if TYPE_CHECKING:
@@ -63,12 +63,7 @@ class TorchSession(ArtifactSession):
     def _rows_of_tables(self) -> dict[str, int]:
         """Return how many values each input chooses from, of those of which something says it."""
         if self._tables is None:
-            file = self.artifact.folder / "config.json"
-            try:
-                config = json.loads(file.read_bytes()) if file.is_file() else {}
-                config |= config.get("text_config") or {}
-            except (OSError, ValueError, TypeError, AttributeError) as error:
-                raise ArtifactUnreadable(f"{file} cannot be read: {error}", fix=REDO) from error
+            config = model_config(self.artifact.folder)
             known = {name: config.get(key) for name, key in TABLES.items()} | {"position_ids": self.artifact.limits.max_length}
             self._tables = {name: rows for name, rows in known.items() if isinstance(rows, int)}
         return self._tables

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import numpy as np
 from calque.artifact import NUM_LOGITS_TO_KEEP, PIXELS, TensorSpec, rounds_activations
 from calque.choices import NARROW, QUANTIZED
 from calque.errors import ParityFailed, UsageError
+from calque.runtime.chat import model_config
 from calque.states import StateSpec
 from calque.validation.images import images
 from calque.validation.scenarios import PAD, Scenario, calls, pad
@@ -64,7 +63,7 @@ class ModelIO:
             raise UsageError(f"nobody knows here which graph of {sorted(artifact.graphs)} to call")
         graph = artifact.graphs[name]
         kept = {state.output for state in artifact.states}
-        config = _config_of(artifact.folder)
+        config = model_config(artifact.folder)
         pad_id = config.get("pad_token_id")
         return cls(
             name,
@@ -117,16 +116,6 @@ def _chooses_experts(config: Mapping[str, Any]) -> bool:
         _chooses_experts(value) if isinstance(value, dict) else "experts" in key and isinstance(value, int) and value > 1
         for key, value in config.items()
     )
-
-
-def _config_of(folder: Path) -> dict[str, Any]:
-    """Return the model's config, that of its text part where it has several; empty where the folder has none."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    text = config.get("text_config")
-    return {**config, **text} if isinstance(text, dict) else config
 
 
 @dataclass(frozen=True)
