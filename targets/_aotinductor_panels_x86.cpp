@@ -25,6 +25,23 @@ CALQUE_INLINE int32_t four(const int8_t* at) {
 
 CALQUE_AVX2 CALQUE_INLINE __m256i bytes(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
 
+// The zero points of eight outputs.
+CALQUE_AVX2 CALQUE_INLINE __m256i zeros(const Product& p, int64_t at) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p.zero + at)));
+}
+
+// Some rows of one panel.
+using RowsFunction = void (*)(const Product&, int64_t, int64_t);
+
+template <RowsFunction FOUR, RowsFunction ONE>
+CALQUE_AVX2 void each_panel(const Product& p, int64_t panel, int64_t end) {
+  for (; panel < end; ++panel) {
+    int64_t row = 0;
+    for (; row + 4 <= p.rows; row += 4) FOUR(p, panel, row);
+    for (; row < p.rows; ++row) ONE(p, panel, row);
+  }
+}
+
 CALQUE_AVX2 CALQUE_INLINE void store(const Product& p, int64_t panel, int64_t row, __m256 sums) {
   const int64_t first = panel * 8;
   if (p.outputs - first < 8) {
@@ -73,10 +90,7 @@ CALQUE_AVX2 void rounded_rows(const Product& p, int64_t panel, int64_t row) {
     for (int r = 0; r < R; ++r) {
       const int64_t one = (row + r) * p.blocks + b;
       __m256i sum = _mm256_add_epi32(even[r], odd[r]);
-      if (p.zero) {
-        const __m128i zeros = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p.zero + at));
-        sum = _mm256_sub_epi32(sum, _mm256_mullo_epi32(_mm256_cvtepi8_epi32(zeros), _mm256_set1_epi32(p.sums[one])));
-      }
+      if (p.zero) sum = _mm256_sub_epi32(sum, _mm256_mullo_epi32(zeros(p, at), _mm256_set1_epi32(p.sums[one])));
       acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(scale, _mm256_set1_ps(p.steps[one])), acc[r]);
     }
   }
@@ -84,13 +98,7 @@ CALQUE_AVX2 void rounded_rows(const Product& p, int64_t panel, int64_t row) {
 }
 
 template <int BITS>
-CALQUE_AVX2 void rounded_panels(const Product& p, int64_t panel, int64_t end) {
-  for (; panel < end; ++panel) {
-    int64_t row = 0;
-    for (; row + 4 <= p.rows; row += 4) rounded_rows<4, BITS>(p, panel, row);
-    for (; row < p.rows; ++row) rounded_rows<1, BITS>(p, panel, row);
-  }
-}
+constexpr auto rounded_panels = each_panel<rounded_rows<4, BITS>, rounded_rows<1, BITS>>;
 
 CALQUE_VNNI CALQUE_INLINE __m512i beside(__m256i one, __m256i other) { return _mm512_inserti64x4(_mm512_castsi256_si512(one), other, 1); }
 
@@ -133,10 +141,7 @@ CALQUE_VNNI void wide_rows(const Product& p, int64_t panel, int64_t last, int64_
       const int64_t one = (row + r) * p.blocks + b;
       __m512i whole = R < 4 ? _mm512_add_epi32(sum[r][0], sum[r][1]) : sum[r][0];
       if (ZERO) {
-        int64_t zeros[2];
-        std::memcpy(zeros, p.zero + at, 8);
-        std::memcpy(zeros + 1, p.zero + other, 8);
-        const __m512i zero = _mm512_cvtepi8_epi32(_mm_set_epi64x(zeros[1], zeros[0]));
+        const __m512i zero = beside(zeros(p, at), zeros(p, other));
         whole = _mm512_sub_epi32(whole, _mm512_mullo_epi32(zero, _mm512_set1_epi32(p.sums[one])));
       }
       acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), _mm512_mul_ps(scale, _mm512_set1_ps(p.steps[one])), acc[r]);
@@ -193,13 +198,13 @@ CALQUE_AVX2 void exact_rows(const Product& p, int64_t panel, int64_t row) {
       whole[r][0] = whole[r][1] = _mm256_setzero_pd();
     }
     for (int64_t k = 0; k < p.block; k += 8, q += BITS * 8) {
-      const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
+      const __m256i first = bytes(q);
       if (BITS == 4) {
         four_inputs<R>(_mm256_and_si256(first, low), 8, x + k, p.in, sums);
         four_inputs<R>(_mm256_and_si256(_mm256_srli_epi16(first, 4), low), 8, x + k + 4, p.in, sums);
       } else {
         four_inputs<R>(first, 0, x + k, p.in, sums);
-        four_inputs<R>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + 32)), 0, x + k + 4, p.in, sums);
+        four_inputs<R>(bytes(q + 32), 0, x + k + 4, p.in, sums);
       }
       if (p.zero) {
         for (int r = 0; r < R; ++r) {
@@ -213,8 +218,7 @@ CALQUE_AVX2 void exact_rows(const Product& p, int64_t panel, int64_t row) {
     }
     for (int r = 0; r < R; ++r) sums[r] = narrowed(whole[r]);
     if (p.zero) {
-      const __m128i zeros = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p.zero + at));
-      const __m256 zero = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(zeros));
+      const __m256 zero = _mm256_cvtepi32_ps(zeros(p, at));
       for (int r = 0; r < R; ++r) sums[r] = _mm256_fnmadd_ps(zero, alone[r], sums[r]);
     }
     for (int r = 0; r < R; ++r) widen(_mm256_mul_ps(sums[r], _mm256_loadu_ps(p.scale + at)), acc[r]);
@@ -223,13 +227,7 @@ CALQUE_AVX2 void exact_rows(const Product& p, int64_t panel, int64_t row) {
 }
 
 template <int BITS>
-CALQUE_AVX2 void exact_panels(const Product& p, int64_t panel, int64_t end) {
-  for (; panel < end; ++panel) {
-    int64_t row = 0;
-    for (; row + 4 <= p.rows; row += 4) exact_rows<4, BITS>(p, panel, row);
-    for (; row < p.rows; ++row) exact_rows<1, BITS>(p, panel, row);
-  }
-}
+constexpr auto exact_panels = each_panel<exact_rows<4, BITS>, exact_rows<1, BITS>>;
 
 // As `round_row`, eight at a time.
 CALQUE_AVX2 inline void round_row_avx2(const float* x, int64_t blocks, int64_t block, int8_t* rounded, float* steps, int32_t* sums) {
