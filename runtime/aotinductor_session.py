@@ -118,8 +118,11 @@ def _require_processor(metadata: dict[str, str], path: Path) -> None:
     if older or machine not in ("", platform.machine()):
         what = f"{path.name} was compiled for {machine} with {wanted or 'no vectors'}, this is {platform.machine()} with {here}"
         raise TargetUnavailable(what, fix=fix)
-    if lacking := sorted(set(metadata.get(EXTENSIONS, "").split()).difference(found)) if (found := extensions()) else []:
-        raise TargetUnavailable(f"{path.name} was compiled for a processor that has more than this one", lacking, fix)
+    if asked := metadata.get(EXTENSIONS, "").split():
+        found = extensions()
+        lacking = [name for name in asked if name not in found]
+        if found and lacking:
+            raise TargetUnavailable(f"{path.name} was compiled for a processor that has more than this one", lacking, fix)
 
 
 def extensions() -> list[str]:
