@@ -189,8 +189,12 @@ class Artifact:
         Raises:
             ArtifactUnreadable: a line for each that is not.
         """
-        if damaged := self.damaged_files():
-            raise ArtifactUnreadable(f"{self.folder} is damaged", damaged, "copy it again, or convert the model again")
+        if lines := self.damaged_files():
+            raise self.damage(lines)
+
+    def damage(self, lines: list[str]) -> ArtifactUnreadable:
+        """Return the error that says which files are damaged."""
+        return ArtifactUnreadable(f"{self.folder} is damaged", lines, "copy it again, or convert the model again")
 
     @classmethod
     def read(cls, folder: Path) -> Artifact:

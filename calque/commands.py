@@ -113,7 +113,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if not damaged:
         return 0
     # Not raised: standard output holds the facts already, and with --json it is one object.
-    print(ArtifactUnreadable(f"{args.folder} is damaged", damaged, "copy it again, or convert the model again"), file=sys.stderr)
+    print(artifact.damage(damaged), file=sys.stderr)
     return ArtifactUnreadable.exit_code
 
 
