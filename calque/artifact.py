@@ -196,6 +196,16 @@ class Artifact:
         """Return the error that says which files are damaged."""
         return ArtifactUnreadable(f"{self.folder} is damaged", lines, "copy it again, or convert the model again")
 
+    def config(self) -> dict[str, Any]:
+        """Return the model's config, that of its text part where it has several; empty where the folder has none.
+
+        Raises:
+            ArtifactUnreadable: it is no JSON object.
+        """
+        config = read_json(self.folder / "config.json")
+        text = config.get("text_config")
+        return {**config, **text} if isinstance(text, dict) else config
+
     @classmethod
     def read(cls, folder: Path) -> Artifact:
         """Return the artifact in ``folder``, as its manifest describes it.
@@ -305,3 +315,20 @@ def file_sha256(path: Path) -> str:
     """Return the hex SHA-256 of the file's bytes, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the file's object, an empty one where there is no file.
+
+    Raises:
+        ArtifactUnreadable: it is no JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactUnreadable(f"{path} cannot be read: {error}", fix="convert the model again") from error
+    if not isinstance(data, dict):
+        raise ArtifactUnreadable(f"{path} is no JSON object", fix="convert the model again")
+    return data

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from calque.artifact import PIXELS, Artifact, GraphSpec
+from calque.artifact import PIXELS, Artifact, GraphSpec, read_json
 from calque.errors import CalqueError, Unsupported
 from calque.failures import explained
 from calque.runtime import OnnxRuntimeSession, open_session
-from calque.runtime.chat import read_json
 from calque.runtime.generate import GreedySequence
 from calque.runtime.onnx_file import OnnxFile
 from calque.session import Session

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from calque.artifact import read_json
 from calque.errors import ArtifactUnreadable, UsageError
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
@@ -76,31 +77,3 @@ def _environment() -> Any:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda text: datetime.now().strftime(text)
     return environment
-
-
-def model_config(folder: Path) -> dict[str, Any]:
-    """Return the model's config, that of its text part where it has several; empty where the folder has none.
-
-    Raises:
-        ArtifactUnreadable: it is no JSON object.
-    """
-    config = read_json(folder / "config.json")
-    text = config.get("text_config")
-    return {**config, **text} if isinstance(text, dict) else config
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the file's object, an empty one where there is no file.
-
-    Raises:
-        ArtifactUnreadable: it is no JSON object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactUnreadable(f"{path} cannot be read: {error}", fix="convert the model again") from error
-    if not isinstance(data, dict):
-        raise ArtifactUnreadable(f"{path} is no JSON object", fix="convert the model again")
-    return data

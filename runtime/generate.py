@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calque.artifact import Artifact
+from calque.artifact import Artifact, read_json
 from calque.errors import ArtifactUnreadable, Unsupported, UsageError
 from calque.runtime import load, open_session
-from calque.runtime.chat import chat_prompt, read_json
+from calque.runtime.chat import chat_prompt
 from calque.runtime.decoder import Decoder
 
 if TYPE_CHECKING:

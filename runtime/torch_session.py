@@ -12,7 +12,6 @@ import numpy as np
 from calque.artifact import Artifact
 from calque.errors import ArtifactUnreadable, TargetUnavailable, UsageError
 from calque.runtime.artifact_session import REDO, ArtifactSession
-from calque.runtime.chat import model_config
 from calque.tensors import to_array, to_tensor
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ class TorchSession(ArtifactSession):
     def _rows_of_tables(self) -> dict[str, int]:
         """Return how many values each input chooses from, of those of which something says it."""
         if self._tables is None:
-            config = model_config(self.artifact.folder)
+            config = self.artifact.config()
             known = {name: config.get(key) for name, key in TABLES.items()} | {"position_ids": self.artifact.limits.max_length}
             self._tables = {name: rows for name, rows in known.items() if isinstance(rows, int)}
         return self._tables

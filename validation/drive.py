@@ -11,7 +11,6 @@ import numpy as np
 from calque.artifact import NUM_LOGITS_TO_KEEP, PIXELS, TensorSpec, rounds_activations
 from calque.choices import NARROW, QUANTIZED
 from calque.errors import ParityFailed, UsageError
-from calque.runtime.chat import model_config
 from calque.states import StateSpec
 from calque.validation.images import images
 from calque.validation.scenarios import PAD, Scenario, calls, pad
@@ -63,7 +62,7 @@ class ModelIO:
             raise UsageError(f"nobody knows here which graph of {sorted(artifact.graphs)} to call")
         graph = artifact.graphs[name]
         kept = {state.output for state in artifact.states}
-        config = model_config(artifact.folder)
+        config = artifact.config()
         pad_id = config.get("pad_token_id")
         return cls(
             name,
